@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the backends share: the ops they are given, a layer's options, the frame of a call."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from fastkv.backends.features import BACKENDS, BackendRow, refuse_unserved
+from fastkv.backends.resolve import resolve
+from fastkv.batch import BatchMeta
+from fastkv.cache import LayerCache
+from fastkv.contracts.presence import require_tensor
+from fastkv.errors import ContractError
+
+
+class Ops(Protocol):
+    """The ops a backend drives: `fastkv.ops`, or whatever a test puts in their place."""
+
+    def rope_write_kv(self, qkv: Any, cache: LayerCache, **kwargs: Any) -> Any:
+        """See `fastkv.ops.rope_write_kv`."""
+
+    def gather_kv(self, cache: LayerCache, **kwargs: Any) -> None:
+        """See `fastkv.ops.gather_kv`."""
+
+    def paged_attention(self, q: Any, cache: LayerCache, **kwargs: Any) -> Any:
+        """See `fastkv.ops.paged_attention`."""
+
+    def masked_attention(self, q: Any, k: Any, v: Any, **kwargs: Any) -> Any:
+        """See `fastkv.ops.masked_attention`."""
+
+    def zeros_beside(self, like: Any, shape: tuple[int, ...]) -> Any:
+        """See `fastkv.ops.zeros_beside`."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOptions:
+    """What an attention layer asks for, read from its attributes; all are optional.
+
+    Attributes:
+        window: `layer.sliding_window`; 0 and None mean none.
+        soft_cap: `layer.soft_cap`; 0 and None mean none.
+        sinks: `layer.sinks`, float32 `[Hq]`.
+        scale: `layer.softmax_scale`; None is `1 / sqrt(D)`.
+        causal: `layer.causal`, True where absent.
+        q_norm_weight: `layer.q_norm_weight`, `[D]`.
+        k_norm_weight: `layer.k_norm_weight`, `[D]`.
+        norm_eps: `layer.rms_norm_eps`, 1e-6 where absent.
+        norm_after_rope: `layer.norm_after_rope`, False where absent.
+    """
+
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: Any = None
+    scale: float | None = None
+    causal: bool = True
+    q_norm_weight: Any = None
+    k_norm_weight: Any = None
+    norm_eps: float = 1e-6
+    norm_after_rope: bool = False
+
+    @classmethod
+    def of(cls, layer: Any) -> "LayerOptions":
+        """The options of a layer."""
+        return cls(
+            window=getattr(layer, "sliding_window", None) or None,
+            soft_cap=getattr(layer, "soft_cap", None) or None,
+            sinks=getattr(layer, "sinks", None),
+            scale=getattr(layer, "softmax_scale", None),
+            causal=getattr(layer, "causal", True),
+            q_norm_weight=getattr(layer, "q_norm_weight", None),
+            k_norm_weight=getattr(layer, "k_norm_weight", None),
+            norm_eps=getattr(layer, "rms_norm_eps", 1e-6),
+            norm_after_rope=getattr(layer, "norm_after_rope", False),
+        )
+
+    def write_arguments(self) -> dict[str, Any]:
+        """What `rope_write_kv` takes of them."""
+        names = ("q_norm_weight", "k_norm_weight", "norm_eps", "norm_after_rope")
+        return {name: getattr(self, name) for name in names}
+
+    def attention_arguments(self) -> dict[str, Any]:
+        """What both attention ops take of them."""
+        names = ("scale", "causal", "window", "soft_cap", "sinks")
+        return {name: getattr(self, name) for name in names}
+
+    def features(self, meta: BatchMeta) -> set[str]:
+        """The features that this layer and batch need."""
+        used = {name for name in ("window", "soft_cap") if getattr(self, name) is not None}
+        if self.sinks is not None:
+            used.add("sinks")
+        if meta.mask_offsets is not None:
+            if meta.num_decode:
+                used.add("mask_offsets_on_decode")
+            if meta.num_decode < meta.num_requests:
+                used.add("mask_offsets_on_prefill")
+        return used
+
+
+class Backend(ABC):
+    """An attention backend: finds a layer's tensors and drives the ops over a mixed batch.
+
+    Args:
+        ops: the ops to drive; None takes `fastkv.ops`, imported at the first call.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, ops: Ops | None = None) -> None:
+        self._ops = ops
+
+    @property
+    def ops(self) -> Ops:
+        """The ops that this backend drives."""
+        if self._ops is None:
+            from fastkv import ops
+
+            self._ops = ops  # type: ignore[assignment] # a module of exactly these functions
+        assert self._ops is not None, "set just above"
+        return self._ops
+
+    @property
+    def row(self) -> BackendRow:
+        """This backend's row of the feature table."""
+        return BACKENDS[self.name]
+
+    def forward_mixed(self, qkv: Any, layer: Any, meta: BatchMeta) -> Any:
+        """Write the new tokens' K and V, and attend, for one layer and one step.
+
+        Args:
+            qkv: `[T, (Hq + 2*Hkv) * D]`, bf16, fp16 or fp32: query, key and value heads, before
+                norm and RoPE.
+            layer: see `resolve` for the attributes that carry scales and `LayerOptions` for the
+                others.
+            meta: the batch: prefill, prefill over a cached prefix, decode, draft tokens and empty
+                requests, in one.
+
+        Returns:
+            `[T, Hq, D]` in qkv's dtype; 0 in rows that see no key or belong to no request.
+
+        Raises:
+            ContractError: before any op was called, what the format, the backend or the batch
+                lacks; from an op, what its contract refuses.
+        """
+        op = f"{self.name}.forward_mixed"
+        _require_meta(op, meta)
+        require_tensor(op, "qkv", qkv, "a tensor [T, (Hq + 2*Hkv) * D]")
+        cache = resolve(meta.caches, layer, meta.spec)
+        options = LayerOptions.of(layer)
+        refuse_unserved(self.row, options.features(meta))
+        if options.window is not None and options.window < 1:
+            raise ContractError(
+                op,
+                "layer.sliding_window",
+                expected="None, 0 or at least 1",
+                got=str(options.window),
+            )
+        return self._forward(qkv, cache, options, meta)
+
+    @abstractmethod
+    def _forward(self, qkv: Any, cache: LayerCache, options: LayerOptions, meta: BatchMeta) -> Any:
+        """Drive the ops; everything that policy can check has been checked."""
+
+
+def batch_arguments(meta: BatchMeta, requests: slice | None = None) -> dict[str, Any]:
+    """What the paged ops take of a batch, or of a contiguous run of its requests."""
+    if requests is None:
+        return {
+            "cu_seqlens_q": meta.cu_seqlens_q,
+            "cache_seqlens": meta.cache_seqlens,
+            "block_table": meta.block_table,
+        }
+    return {
+        "cu_seqlens_q": meta.cu_seqlens_q[_sums(requests)],
+        "cache_seqlens": meta.cache_seqlens[requests],
+        "block_table": meta.block_table[requests],
+    }
+
+
+def _sums(requests: slice) -> slice:
+    """The entries of a cu_seqlens that a run of requests needs: one more than requests."""
+    return slice(requests.start, None if requests.stop is None else requests.stop + 1)
+
+
+def _require_meta(op: str, meta: BatchMeta) -> None:
+    expected = {
+        "caches": "the engine's list of cache tensors",
+        "spec": "a CacheSpec",
+        "cu_seqlens_q": "an int32 tensor [B+1]",
+        "cache_seqlens": "an int32 tensor [B]",
+        "block_table": "an int32 tensor [B, M]",
+    }
+    for name, what in expected.items():
+        require_tensor(op, f"meta.{name}", getattr(meta, name), what)
+    meta.check(op)

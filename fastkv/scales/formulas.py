@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From observed ranges to multipliers and zero points.
+
+Symmetric formats map the largest magnitude on the format's bound, FastDeploy's way:
+`quant = bound / amax`, `dequant = amax / bound`. A format with zero points maps `[min, max]` on
+its codes: `step = (max - min) / (code_max - code_min)`, `zp = code_min - min / step`, so that min
+meets code_min and max meets code_max. The range need not contain 0: the zero point is a float.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastkv.errors import UnsupportedError
+from fastkv.quant import Granularity, QuantSpec, quant_spec
+from fastkv.scales.bundle import StaticScales
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    F32 = NDArray[np.float32]
+
+# A channel that calibration never saw move would get an infinite multiplier; this range maps
+# whatever appears there later on saturated codes of a tiny step instead.
+_SMALLEST_RANGE = np.float32(2.0**-14)
+# A narrow range far from 0 gets a zero point of range / step codes; beyond this, x * quant and zp
+# would cancel most of float32's digits.
+_SMALLEST_RELATIVE = np.float32(2.0**-10)
+
+
+def from_amax(k_amax: Any, v_amax: Any, quant: object) -> StaticScales:
+    """See `StaticScales.from_amax`."""
+    row = _static_row("StaticScales.from_amax", quant)
+    if row.needs_zp:
+        raise UnsupportedError(
+            "StaticScales.from_amax",
+            "quant",
+            format=row.name.value,
+            expected="a static format without zero points",
+            got=row.name.value,
+            hint="Use StaticScales.from_minmax.",
+        )
+    return StaticScales(*_symmetric(k_amax, row), *_symmetric(v_amax, row))
+
+
+def from_minmax(k_min: Any, k_max: Any, v_min: Any, v_max: Any, quant: object) -> StaticScales:
+    """See `StaticScales.from_minmax`."""
+    row = _static_row("StaticScales.from_minmax", quant)
+    if not row.needs_zp:
+        return from_amax(_amax(k_min, k_max, row), _amax(v_min, v_max, row), quant)
+    k_quant, k_dequant, k_zp = _asymmetric(k_min, k_max, row)
+    v_quant, v_dequant, v_zp = _asymmetric(v_min, v_max, row)
+    return StaticScales(k_quant, k_dequant, v_quant, v_dequant, k_zp, v_zp)
+
+
+def _static_row(op: str, quant: object) -> QuantSpec:
+    row = quant_spec(quant, op=op, argument="quant")
+    if not row.needs_static:
+        raise UnsupportedError(
+            op,
+            "quant",
+            format=row.name.value,
+            expected="a format with static scales",
+            got=row.name.value,
+        )
+    return row
+
+
+def _amax(low: Any, high: Any, row: QuantSpec) -> "F32":
+    amax = np.maximum(np.abs(_float32(low)), np.abs(_float32(high)))
+    return amax.max(axis=-1) if row.granularities[0] is Granularity.HEAD else amax
+
+
+def _symmetric(amax: Any, row: QuantSpec) -> "tuple[F32, F32]":
+    assert row.bound is not None, "a static format has a bound"
+    top = np.maximum(_float32(amax), _SMALLEST_RANGE)
+    bound = np.float32(row.bound)
+    return bound / top, top / bound
+
+
+def _asymmetric(low: Any, high: Any, row: QuantSpec) -> "tuple[F32, F32, F32]":
+    assert row.code_min is not None, "a format with zero points has codes"
+    assert row.code_max is not None, "a format with zero points has codes"
+    bottom, top = _float32(low), _float32(high)
+    levels = np.float32(row.code_max - row.code_min)
+    smallest = np.maximum(_SMALLEST_RANGE, _SMALLEST_RELATIVE * np.maximum(-bottom, top))
+    step: F32 = np.maximum(top - bottom, smallest) / levels
+    zp: F32 = np.float32(row.code_min) - bottom / step
+    return np.reciprocal(step), step, zp
+
+
+def _float32(array: Any) -> "F32":
+    return np.asarray(array, np.float32)
