@@ -86,7 +86,8 @@ def _asymmetric(low: Any, high: Any, row: QuantSpec) -> "tuple[F32, F32, F32]":
     smallest = np.maximum(_SMALLEST_RANGE, _SMALLEST_RELATIVE * np.maximum(-bottom, top))
     step: F32 = np.maximum(top - bottom, smallest) / levels
     zp: F32 = np.float32(row.code_min) - bottom / step
-    return np.reciprocal(step), step, zp
+    quant: F32 = np.asarray(1 / step, np.float32)
+    return quant, step, zp
 
 
 def _float32(array: Any) -> "F32":
