@@ -24,6 +24,7 @@ _PUBLIC = {
     "backends": "fastkv.backends",
     "errors": "fastkv.errors",
     "ops": "fastkv.ops",
+    "testing": "fastkv.testing",
 }
 
 __all__ = [
@@ -38,10 +39,11 @@ __all__ = [
     "backends",
     "errors",
     "ops",
+    "testing",
 ]
 
 if TYPE_CHECKING:
-    from fastkv import backends, errors, ops
+    from fastkv import backends, errors, ops, testing
     from fastkv.batch import BatchMeta
     from fastkv.cache import LayerCache
     from fastkv.quant import QuantSpec, QuantType

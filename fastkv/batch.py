@@ -3,9 +3,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
-from fastkv.errors import ContractError
+from fastkv.contracts.presence import require_tensor
+from fastkv.errors import ContractError, ShapeError
+from fastkv.quant import QuantSpec
 from fastkv.rope import Rope
 from fastkv.spec import CacheSpec
 
@@ -51,15 +54,47 @@ class BatchMeta:
         """B, from the shape of `cache_seqlens`: metadata, never a value of a tensor."""
         return int(self.cache_seqlens.shape[0])
 
-    def check(self, op: str) -> None:
-        """Raise unless the host integers fit the batch."""
-        requests = self.num_requests
-        if not 0 <= self.num_decode <= requests:
-            raise ContractError(
+    def check(self, op: str, quant: QuantSpec) -> None:
+        """Raise what can be seen without reading a tensor; `quant` is named in the errors."""
+        for name, dims in _TENSORS.items():
+            require_tensor(op, f"meta.{name}", getattr(self, name), f"an int32 {dims}", quant)
+        if self.rope is not None:
+            for name in ("cos", "sin"):
+                table = getattr(self.rope, name)
+                require_tensor(op, f"meta.rope.{name}", table, "a float32 table", quant)
+        shape = getattr(self.cache_seqlens, "shape", None)
+        if shape is None or len(shape) != 1:
+            raise ShapeError(
                 op,
-                "meta.num_decode",
-                expected=f"0 to {requests} requests",
-                got=str(self.num_decode),
+                "meta.cache_seqlens",
+                format=quant.name.value,
+                expected="an int32 tensor [B]",
+                got=type(self.cache_seqlens).__name__ if shape is None else str(list(shape)),
             )
-        if self.total_k is not None and self.total_k < 0:
-            raise ContractError(op, "meta.total_k", expected="at least 0", got=str(self.total_k))
+        requests = self.num_requests
+        _require_integer(op, "meta.num_decode", self.num_decode, requests, quant)
+        if self.total_k is not None:
+            _require_integer(op, "meta.total_k", self.total_k, None, quant)
+
+
+_TENSORS = {
+    "cu_seqlens_q": "tensor [B+1]",
+    "cache_seqlens": "tensor [B]",
+    "block_table": "tensor [B, M]",
+}
+
+
+def _require_integer(
+    op: str, argument: str, value: Any, most: int | None, quant: QuantSpec
+) -> None:
+    """An integer of the host, at least 0; to compare a device's scalar would read it back."""
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if is_integer and value >= 0 and (most is None or value <= most):
+        return
+    raise ContractError(
+        op,
+        argument,
+        format=quant.name.value,
+        expected="a host integer of at least 0" if most is None else f"a host integer, 0 to {most}",
+        got=repr(value) if is_integer else type(value).__name__,
+    )

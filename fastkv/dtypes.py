@@ -23,7 +23,10 @@ _ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "f
 
 
 def canonical_float(name: object) -> str | None:
-    """The full name of a float dtype (`bf16` → `bfloat16`), or None if it is none of `FLOATS`."""
-    text = str(name).rpartition(".")[2]  # "torch.bfloat16" and "paddle.bfloat16" are fine
+    """The full name of a float dtype (`bf16` → `bfloat16`), or None if it is none of `FLOATS`.
+
+    Takes names, and the dtype objects of the array libraries: `np.float32`, `torch.bfloat16`.
+    """
+    text = name.__name__ if isinstance(name, type) else str(name).rpartition(".")[2]
     text = _ALIASES.get(text, text)
     return text if text in FLOATS else None

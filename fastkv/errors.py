@@ -157,8 +157,10 @@ def unknown_name(op: str, argument: str, got: object, known: Iterable[str]) -> U
     """The error for a name outside a table: lists the table, and suggests the nearest name."""
     from difflib import get_close_matches  # only on the way out: keeps `import fastkv` fast
 
-    names = list(known)
-    close = get_close_matches(str(got), names, n=1)
+    names, text = list(known), str(got).lower()
+    # "fp8" is part of "cache_fp8" and still far from it by the measure of difflib.
+    within = [name for name in names if text in name] if text else []
+    close = get_close_matches(text, within or names, n=1, cutoff=0.0 if within else 0.6)
     hint = f"Did you mean {close[0]!r}?" if close else ""
     return UnknownNameError(
         op, argument, expected=f"one of {', '.join(names)}", got=repr(got), hint=hint

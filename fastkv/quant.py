@@ -39,6 +39,9 @@ class Granularity(str, Enum):
     HEAD = "head"  # [Hkv]
     CHANNEL = "channel"  # [Hkv, D], or the same flat: [Hkv * D]
 
+    def __str__(self) -> str:
+        return self.value
+
 
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
@@ -67,6 +70,10 @@ class QuantSpec:
     code_min: float | None
     code_max: float | None
     summary: str
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # A row is one object, and stays so in the worker process that a spec is sent to.
+        return (quant_spec, (self.name.value,))
 
     @property
     def needs_static(self) -> bool:

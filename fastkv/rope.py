@@ -4,6 +4,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from fastkv.errors import ShapeError
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -27,9 +29,17 @@ class Rope:
     def from_theta(
         cls, theta: float, rotary_dim: int, max_len: int, *, interleaved: bool = False
     ) -> "Rope":
-        """NumPy tables with the angles `p * theta ** (-2i / rotary_dim)`, computed in float64."""
+        """NumPy tables with the angles `p * theta ** (-2i / rotary_dim)`, computed in float64.
+
+        Raises:
+            ShapeError: an odd `rotary_dim`.
+        """
         import numpy as np
 
+        if rotary_dim % 2:
+            raise ShapeError(
+                "Rope.from_theta", "rotary_dim", expected="an even number", got=str(rotary_dim)
+            )
         exponents = np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim
         angles = np.outer(np.arange(max_len, dtype=np.float64), theta**-exponents)
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

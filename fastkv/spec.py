@@ -104,6 +104,7 @@ class CacheSpec:
     def layer_tensors(self, layer_id: int, num_pages: int) -> tuple[TensorSpec, ...]:
         """The tensors of one layer, in the order of the flat list."""
         row = self.layer_quant(layer_id, op="CacheSpec.layer_tensors")
+        _require_positive("num_pages", num_pages, op="CacheSpec.layer_tensors")
         paged = (num_pages, self.num_kv_heads, self.page_size)
         data = (*paged, self.head_dim // row.elements_per_item)
         tensors = [TensorSpec(name, data, row.storage or self.dtype) for name in ("k", "v")]
@@ -129,32 +130,39 @@ class CacheSpec:
     def _layer_static_bytes(self, row: QuantSpec, granularity: Granularity | str | None) -> int:
         if not row.needs_static:
             return 0
-        layout = Granularity(granularity) if granularity else row.granularities[0]
+        layout = row.granularities[0] if granularity is None else granularity
         if layout not in row.granularities:
             raise SpecError(
                 "CacheSpec.static_bytes",
                 "granularity",
                 format=row.name.value,
                 expected=" or ".join(g.value for g in row.granularities),
-                got=layout.value,
+                got=str(layout),
             )
-        per_field = self.num_kv_heads * (self.head_dim if layout is Granularity.CHANNEL else 1)
+        per_field = self.num_kv_heads * (self.head_dim if layout == Granularity.CHANNEL else 1)
         return len(row.static_fields) * per_field * ITEMSIZE["float32"]
 
-    def bytes_per_token(self, tokens: int | None = None) -> float:
+    def bytes_per_token(
+        self, tokens: int | None = None, granularity: Granularity | str | None = None
+    ) -> float:
         """Bytes that one token takes in all layers.
 
         Args:
             tokens: None counts what grows with every token: K, V and paged scales. A number
                 spreads the static multipliers and zero points over that many tokens too.
+            granularity: of the static multipliers, as in `static_bytes`.
         """
         page = sum(tensor.nbytes for tensor in self.tensors(1))
         paged = page // self.page_size  # each tensor has P items a page: exact
-        return paged if tokens is None else paged + self.static_bytes() / tokens
+        if tokens is None:
+            return paged
+        _require_positive("tokens", tokens, op="CacheSpec.bytes_per_token")
+        return paged + self.static_bytes(granularity) / tokens
 
-    def total_bytes(self, num_pages: int) -> int:
+    def total_bytes(self, num_pages: int, granularity: Granularity | str | None = None) -> int:
         """Bytes of a cache of `num_pages` pages with its static multipliers and zero points."""
-        return sum(tensor.nbytes for tensor in self.tensors(num_pages)) + self.static_bytes()
+        paged = sum(tensor.nbytes for tensor in self.tensors(num_pages))
+        return paged + self.static_bytes(granularity)
 
     def kv_heads(self, tp_rank: int, tp_size: int) -> range:
         """The global KV heads that a rank of a tensor-parallel group holds.
@@ -165,7 +173,8 @@ class CacheSpec:
         Raises:
             SpecError: the rank is outside the group, or neither number divides the other.
         """
-        if tp_size < 1 or not 0 <= tp_rank < tp_size:
+        _require_positive("tp_size", tp_size, op="CacheSpec.shard")
+        if not 0 <= tp_rank < tp_size:
             raise SpecError(
                 "CacheSpec.shard",
                 "tp_rank",

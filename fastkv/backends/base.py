@@ -2,7 +2,10 @@
 """What the backends share: the ops they are given, a layer's options, the frame of a call."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf, isfinite
+from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol
 
 from fastkv.backends.features import BACKENDS, BackendRow, refuse_unserved
@@ -11,6 +14,7 @@ from fastkv.batch import BatchMeta
 from fastkv.cache import LayerCache
 from fastkv.contracts.presence import require_tensor
 from fastkv.errors import ContractError
+from fastkv.quant import QuantSpec
 
 
 class Ops(Protocol):
@@ -34,7 +38,7 @@ class Ops(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LayerOptions:
-    """What an attention layer asks for, read from its attributes; all are optional.
+    """What an attention layer asks for, read from its attributes; all are optional, None is absent.
 
     Attributes:
         window: `layer.sliding_window`; 0 and None mean none.
@@ -61,17 +65,24 @@ class LayerOptions:
     @classmethod
     def of(cls, layer: Any) -> "LayerOptions":
         """The options of a layer."""
-        return cls(
-            window=getattr(layer, "sliding_window", None) or None,
-            soft_cap=getattr(layer, "soft_cap", None) or None,
-            sinks=getattr(layer, "sinks", None),
-            scale=getattr(layer, "softmax_scale", None),
-            causal=getattr(layer, "causal", True),
-            q_norm_weight=getattr(layer, "q_norm_weight", None),
-            k_norm_weight=getattr(layer, "k_norm_weight", None),
-            norm_eps=getattr(layer, "rms_norm_eps", 1e-6),
-            norm_after_rope=getattr(layer, "norm_after_rope", False),
-        )
+        found = {field: getattr(layer, name, None) for field, name in _ATTRIBUTES.items()}
+        for field in ("window", "soft_cap"):
+            if _is_number(found[field]) and found[field] == 0:
+                found[field] = None
+        return cls(**{field: value for field, value in found.items() if value is not None})
+
+    def check(self, op: str, quant: QuantSpec) -> None:
+        """Raise unless the numbers are ones that the ops can use."""
+        for field, (is_usable, expected) in _NUMBERS.items():
+            value = getattr(self, field)
+            if value is not None and not is_usable(value):
+                raise ContractError(
+                    op,
+                    f"layer.{_ATTRIBUTES[field]}",
+                    format=quant.name.value,
+                    expected=f"None or {expected}",
+                    got=repr(value) if _is_number(value) else type(value).__name__,
+                )
 
     def write_arguments(self) -> dict[str, Any]:
         """What `rope_write_kv` takes of them."""
@@ -94,6 +105,37 @@ class LayerOptions:
             if meta.num_decode < meta.num_requests:
                 used.add("mask_offsets_on_prefill")
         return used
+
+
+def _is_number(value: object) -> bool:
+    """A number of the host: what an array library calls a scalar may live on a device."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and _is_number(value) and int(value) >= 1
+
+
+# Fields of `LayerOptions` that are numbers -> test, and what it asks for.
+_NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "window": (_is_count, "an integer of at least 0"),
+    "soft_cap": (lambda x: _is_number(x) and 0 < x < inf, "a finite number of at least 0"),
+    "scale": (lambda x: _is_number(x) and isfinite(x), "a finite number"),
+    "norm_eps": (lambda x: _is_number(x) and 0 <= x < inf, "a finite number of at least 0"),
+}
+
+# Field of `LayerOptions` -> the layer's attribute.
+_ATTRIBUTES = {
+    "window": "sliding_window",
+    "soft_cap": "soft_cap",
+    "sinks": "sinks",
+    "scale": "softmax_scale",
+    "causal": "causal",
+    "q_norm_weight": "q_norm_weight",
+    "k_norm_weight": "k_norm_weight",
+    "norm_eps": "rms_norm_eps",
+    "norm_after_rope": "norm_after_rope",
+}
 
 
 class Backend(ABC):
@@ -142,18 +184,14 @@ class Backend(ABC):
                 lacks; from an op, what its contract refuses.
         """
         op = f"{self.name}.forward_mixed"
-        _require_meta(op, meta)
-        require_tensor(op, "qkv", qkv, "a tensor [T, (Hq + 2*Hkv) * D]")
+        require_tensor(op, "meta.spec", meta.spec, "a CacheSpec")
+        require_tensor(op, "meta.caches", meta.caches, "the engine's list of cache tensors")
         cache = resolve(meta.caches, layer, meta.spec)
+        require_tensor(op, "qkv", qkv, "a tensor [T, (Hq + 2*Hkv) * D]", cache.quant)
+        meta.check(op, cache.quant)
         options = LayerOptions.of(layer)
+        options.check(op, cache.quant)
         refuse_unserved(self.row, options.features(meta))
-        if options.window is not None and options.window < 1:
-            raise ContractError(
-                op,
-                "layer.sliding_window",
-                expected="None, 0 or at least 1",
-                got=str(options.window),
-            )
         return self._forward(qkv, cache, options, meta)
 
     @abstractmethod
@@ -179,16 +217,3 @@ def batch_arguments(meta: BatchMeta, requests: slice | None = None) -> dict[str,
 def _sums(requests: slice) -> slice:
     """The entries of a cu_seqlens that a run of requests needs: one more than requests."""
     return slice(requests.start, None if requests.stop is None else requests.stop + 1)
-
-
-def _require_meta(op: str, meta: BatchMeta) -> None:
-    expected = {
-        "caches": "the engine's list of cache tensors",
-        "spec": "a CacheSpec",
-        "cu_seqlens_q": "an int32 tensor [B+1]",
-        "cache_seqlens": "an int32 tensor [B]",
-        "block_table": "an int32 tensor [B, M]",
-    }
-    for name, what in expected.items():
-        require_tensor(op, f"meta.{name}", getattr(meta, name), what)
-    meta.check(op)

@@ -37,10 +37,6 @@ class BackendRow:
     refuses: Mapping[Feature, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
-_NO_INTERVALS = (
-    "flash-attention libraries take no interval of keys per row; select flash_mask or append"
-)
-
 # In the order in which `auto` tries them.
 _ROWS = (
     BackendRow(
@@ -62,8 +58,8 @@ _ROWS = (
         summary="prefill over gathered K and V, causal",
         refuses=MappingProxyType(
             {
-                "mask_offsets_on_prefill": _NO_INTERVALS,
-                "mask_offsets_on_decode": _NO_INTERVALS,
+                "mask_offsets_on_prefill": "flash-attention libraries take no interval of keys "
+                "per row; select flash_mask or append"
             }
         ),
     ),
@@ -76,11 +72,11 @@ BACKEND_NAMES: tuple[str, ...] = tuple(BACKENDS)
 
 def require_features(features: Iterable[str], *, op: str) -> frozenset[str]:
     """The features as a set; raises `UnknownNameError` for one that is not in `FEATURES`."""
-    asked = frozenset(features)
+    asked = tuple(features)
     for feature in asked:
         if feature not in FEATURES:
             raise unknown_name(op, "features", feature, FEATURES)
-    return asked
+    return frozenset(asked)
 
 
 def refusals(row: BackendRow, features: Iterable[str]) -> list[str]:

@@ -22,11 +22,11 @@ class GatheringBackend(Backend):
         if decode == meta.num_requests:
             q = self._write(qkv, cache, options, meta)
             return self._attend_pages(q, cache, options, meta, None)
-        op = f"{self.name}.forward_mixed"
-        require_tensor(op, "meta.cu_seqlens_k", meta.cu_seqlens_k, "an int32 tensor [B+1]")
-        require_tensor(op, "meta.total_k", meta.total_k, "cu_seqlens_k[B] as an integer")
+        op, sums = f"{self.name}.forward_mixed", "an int32 tensor [B+1]"
+        require_tensor(op, "meta.cu_seqlens_k", meta.cu_seqlens_k, sums, cache.quant)
+        require_tensor(op, "meta.total_k", meta.total_k, "cu_seqlens_k[B] on the host", cache.quant)
         assert meta.total_k is not None, "required just above"
-        shape = (meta.total_k, meta.spec.num_kv_heads, meta.spec.head_dim)
+        shape = (int(meta.total_k), meta.spec.num_kv_heads, meta.spec.head_dim)
         k, v = self.ops.zeros_beside(qkv, shape), self.ops.zeros_beside(qkv, shape)
         q = self._write(qkv, cache, options, meta, out_k=k, out_v=v, cu_seqlens_k=meta.cu_seqlens_k)
         # Rows behind the last decode row count as padding there and are zeroed, so that op runs

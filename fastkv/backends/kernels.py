@@ -26,7 +26,7 @@ class Device:
         """From `"cpu"` or `"cuda:90"`; a `Device` comes back as it is."""
         if isinstance(device, Device):
             return device
-        kind, _, sm = device.partition(":")
+        kind, _, sm = str(device).partition(":")
         sm = sm.removeprefix("sm_")
         if (kind == "cpu" and not sm) or (kind == "cuda" and sm.isdecimal() and int(sm) >= 10):
             return cls(kind, int(sm) if sm else None)
@@ -91,7 +91,7 @@ def _lacks(row: Kernels, spec: CacheSpec, device: Device) -> list[str]:
     reasons = []
     sm = device.sm or 0
     if sm < row.min_sm:
-        reasons.append(f"needs sm_{row.min_sm} or newer, the device is sm_{sm}")
+        reasons.append(f"needs sm_{row.min_sm} or newer, the device is {device}")
     if row.head_dims is not None and spec.head_dim not in row.head_dims:
         known = ", ".join(map(str, row.head_dims))
         reasons.append(f"head dim {spec.head_dim} is none of {known}")
@@ -100,5 +100,5 @@ def _lacks(row: Kernels, spec: CacheSpec, device: Device) -> list[str]:
         if row.storage is not None and dtype not in row.storage:
             reasons.append(f"no {dtype} cache")
         elif sm < (least := row.min_sm_by_storage.get(dtype, 0)):
-            reasons.append(f"{dtype} needs sm_{least} or newer, the device is sm_{sm}")
+            reasons.append(f"{dtype} needs sm_{least} or newer, the device is {device}")
     return reasons

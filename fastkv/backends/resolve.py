@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an engine's flat cache list and its layer to one layer's tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastkv.cache import LayerCache
 from fastkv.contracts.presence import refuse_tensor, require_paged, require_static, require_tensor
-from fastkv.errors import ContractError, LayerIndexError, SpecMismatchError, SurplusTensorError
+from fastkv.errors import DtypeError, LayerIndexError, SpecMismatchError
 from fastkv.quant import QuantSpec, QuantType, quant_spec
 from fastkv.scales import StaticScales
 from fastkv.spec import CacheSpec
@@ -41,9 +41,10 @@ def resolve(caches: Sequence[Any], layer: Any, spec: CacheSpec) -> LayerCache:
         spec: what `caches` holds.
 
     Raises:
-        LayerIndexError: `layer_id` is absent or outside the spec.
+        LayerIndexError: `layer_id` is absent, no integer or outside the spec.
         UnknownNameError: a format that nobody knows.
-        SpecMismatchError: the layer's format is not the spec's, or the list's length does not fit.
+        SpecMismatchError: the layer's format is not the spec's, or `caches` is not a list of the
+            spec's length.
         MissingTensorError: a cache tensor, scale or zero point that the format requires is None.
         SurplusTensorError: scales or zero points on a format without them. The static scale
             attributes on the layer of a dynamic format are legal, since engines create and never
@@ -52,14 +53,7 @@ def resolve(caches: Sequence[Any], layer: Any, spec: CacheSpec) -> LayerCache:
     layer_id = _layer_id(layer, spec)
     quant = spec.layer_quant(layer_id, op=_OP)
     _require_same_format(layer, quant)
-    if len(caches) != spec.num_tensors:
-        raise SpecMismatchError(
-            _OP,
-            "caches",
-            format=quant.name.value,
-            expected=f"{spec.num_tensors} tensors for {spec.num_layers} layers",
-            got=str(len(caches)),
-        )
+    _require_list(caches, spec, quant)
     first = spec.first_index(layer_id)
     names = ("k", "v", "k_scale", "v_scale")[: quant.tensors_per_layer]
     found = dict(zip(names, caches[first : first + quant.tensors_per_layer], strict=True))
@@ -72,12 +66,30 @@ def resolve(caches: Sequence[Any], layer: Any, spec: CacheSpec) -> LayerCache:
 
 def _layer_id(layer: Any, spec: CacheSpec) -> int:
     layer_id = getattr(layer, "layer_id", None)
-    if layer_id is None:
+    is_bool = isinstance(layer_id, bool)
+    if is_bool or not isinstance(layer_id, int) or not 0 <= layer_id < spec.num_layers:
         raise LayerIndexError(
-            _OP, "layer.layer_id", expected=f"0 to {spec.num_layers - 1}", got="no such attribute"
+            _OP,
+            "layer.layer_id",
+            expected=f"an integer, 0 to {spec.num_layers - 1}",
+            got=repr(layer_id) if hasattr(layer, "layer_id") else "no such attribute",
         )
-    spec.layer_quant(layer_id, op=_OP)
-    return int(layer_id)
+    return layer_id
+
+
+def _require_list(caches: object, spec: CacheSpec, quant: QuantSpec) -> None:
+    # One tensor with a leading dimension is refused: some libraries index it by copy, and what is
+    # written into a copy is lost.
+    length = len(caches) if isinstance(caches, Sequence) else None
+    if length == spec.num_tensors:
+        return
+    raise SpecMismatchError(
+        _OP,
+        "caches",
+        format=quant.name.value,
+        expected=f"a list of {spec.num_tensors} tensors for {spec.num_layers} layers",
+        got=type(caches).__name__ if length is None else f"{length} tensors",
+    )
 
 
 def _require_same_format(layer: Any, quant: QuantSpec) -> None:
@@ -88,56 +100,49 @@ def _require_same_format(layer: Any, quant: QuantSpec) -> None:
         raise SpecMismatchError(
             _OP,
             argument,
-            format=given.name.value,
+            format=quant.name.value,
             expected=f"{quant.name.value}, as the spec says for this layer",
-            got=given.name.value if name is not None else "no attribute, which means none",
+            got=given.name.value if name is not None else "no name, which means none",
         )
 
 
 def _static(layer: Any, quant: QuantSpec) -> StaticScales | None:
     bundle = getattr(layer, LAYER_BUNDLE, None)
-    if bundle is not None and not isinstance(bundle, StaticScales):
-        raise ContractError(
+    if not quant.needs_zp:
+        _refuse(layer, LAYER_ZERO_POINTS, "the format has no zero points", quant)
+    if not quant.needs_static:
+        require_static(_OP, f"layer.{LAYER_BUNDLE}", bundle, quant)
+        # The one legal surplus: engines create these on the layers of a dynamic format and never
+        # fill them, so they are not even read there.
+        if not quant.needs_paged_scales:
+            _refuse(layer, LAYER_SCALES, "the format has no scales", quant)
+        return None
+    if bundle is None:
+        return _bundle_from_attributes(layer, quant)
+    if not isinstance(bundle, StaticScales):
+        raise DtypeError(
             _OP,
             f"layer.{LAYER_BUNDLE}",
             format=quant.name.value,
             expected="a StaticScales or None",
             got=type(bundle).__name__,
         )
-    scales = {name: getattr(layer, name, None) for name in LAYER_SCALES}
-    zero_points = {name: getattr(layer, name, None) for name in LAYER_ZERO_POINTS}
-    if not quant.needs_zp:
-        for name, tensor in zero_points.items():
-            refuse_tensor(_OP, f"layer.{name}", tensor, "the format has no zero points", quant)
-    if not quant.needs_static:
-        _refuse_scales(bundle, scales, quant)
-        return None
-    if bundle is None:
-        return _bundle_from_attributes(scales | zero_points, quant)
-    doubled = [name for name, tensor in (scales | zero_points).items() if tensor is not None]
-    if doubled:
-        raise SurplusTensorError(
-            _OP,
-            f"layer.{doubled[0]}",
-            format=quant.name.value,
-            expected=f"None beside layer.{LAYER_BUNDLE}",
-            got="both: which one counts?",
-        )
+    beside = f"the layer has {LAYER_BUNDLE} too, and which one would count?"
+    _refuse(layer, (*LAYER_SCALES, *LAYER_ZERO_POINTS), beside, quant)
     require_static(_OP, f"layer.{LAYER_BUNDLE}", bundle, quant)
     return bundle
 
 
-def _refuse_scales(bundle: Any, scales: dict[str, Any], quant: QuantSpec) -> None:
-    refuse_tensor(_OP, f"layer.{LAYER_BUNDLE}", bundle, "the format takes no static scales", quant)
-    if quant.needs_paged_scales:
-        return  # the one legal surplus: engines create these on every layer and never fill them
-    for name, tensor in scales.items():
-        refuse_tensor(_OP, f"layer.{name}", tensor, "the format takes no scales", quant)
+def _refuse(layer: Any, names: Iterable[str], why: str, quant: QuantSpec) -> None:
+    for name in names:
+        refuse_tensor(_OP, f"layer.{name}", getattr(layer, name, None), why, quant)
 
 
-def _bundle_from_attributes(tensors: dict[str, Any], quant: QuantSpec) -> StaticScales:
-    fields = LAYER_SCALES | LAYER_ZERO_POINTS
-    for name, tensor in tensors.items():
-        if fields[name] in quant.static_fields:
-            require_tensor(_OP, f"layer.{name}", tensor, "a tensor [Hkv] or [Hkv, D]", quant)
-    return StaticScales(**{fields[name]: tensor for name, tensor in tensors.items()})
+def _bundle_from_attributes(layer: Any, quant: QuantSpec) -> StaticScales:
+    found = {}
+    for name, field in (LAYER_SCALES | LAYER_ZERO_POINTS).items():
+        if field in quant.static_fields:
+            found[field] = getattr(layer, name, None)
+            expected = f"a tensor [Hkv] or [Hkv, D], or layer.{LAYER_BUNDLE}"
+            require_tensor(_OP, f"layer.{name}", found[field], expected, quant)
+    return StaticScales(**found)

@@ -5,15 +5,18 @@ Each function raises before anything is launched or written, and returns the che
 the call's sizes, library and device.
 """
 
+from math import isfinite
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from fastkv.contracts.presence import require_cache, require_tensor
 from fastkv.contracts.tensors import F32, FLOAT, INT32, Checker, Rule, check_cache
-from fastkv.errors import ContractError, MissingTensorError, ShapeError
+from fastkv.errors import ContractError, DtypeError, MissingTensorError, ShapeError
+from fastkv.rope import Rope
 
 if TYPE_CHECKING:
     from fastkv.cache import LayerCache
-    from fastkv.rope import Rope
+    from fastkv.quant import QuantSpec
 
 _CU_Q = Rule("cu_seqlens_q", ("B+1",), INT32)
 _CU_K = Rule("cu_seqlens_k", ("B+1",), INT32)
@@ -30,9 +33,10 @@ def rope_write_kv(
     cu_seqlens_q: Any,
     cache_seqlens: Any,
     block_table: Any,
-    rope: "Rope | None",
+    rope: Rope | None,
     q_norm_weight: Any,
     k_norm_weight: Any,
+    norm_eps: float,
     out_k: Any,
     out_v: Any,
     cu_seqlens_k: Any,
@@ -49,9 +53,11 @@ def rope_write_kv(
     _check_batch(checker, cu_seqlens_q, cache_seqlens, block_table)
     checker.sizes["Hq"] = _query_heads(checker)
     if rope is not None:
-        _check_rope(checker, rope)
+        _check_rope(checker, rope, quant)
     checker.optional(Rule("q_norm_weight", ("D",), FLOAT), q_norm_weight)
     checker.optional(Rule("k_norm_weight", ("D",), FLOAT), k_norm_weight)
+    if not _is_number(norm_eps) or norm_eps < 0:
+        raise _wrong_number(checker, "norm_eps", "a finite number of at least 0", norm_eps)
     _check_contiguous_out(checker, out_k, out_v, cu_seqlens_k)
     return checker
 
@@ -86,6 +92,7 @@ def paged_attention(
     cache_seqlens: Any,
     block_table: Any,
     mask_offsets: Any,
+    scale: float | None,
     window: int | None,
     soft_cap: float | None,
     sinks: Any,
@@ -99,7 +106,8 @@ def paged_attention(
     for name, array in (given | {"block_table": block_table}).items():
         require_tensor(op, name, array, "a tensor", quant)
     checker.sizes |= {"Hkv": cache.spec.num_kv_heads, "D": cache.spec.head_dim}
-    _check_query(checker, q, mask_offsets, window, soft_cap, sinks, out)
+    _check_query(checker, q, mask_offsets, sinks, out)
+    _check_softmax(checker, scale, window, soft_cap)
     check_cache(checker, cache, written=False)
     _check_batch(checker, cu_seqlens_q, cache_seqlens, block_table)
     return checker
@@ -112,6 +120,7 @@ def masked_attention(
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
     mask_offsets: Any,
+    scale: float | None,
     window: int | None,
     soft_cap: float | None,
     sinks: Any,
@@ -125,7 +134,8 @@ def masked_attention(
         require_tensor(op, name, array, "a tensor")
     k_info = checker.tensor(Rule("k", ("Tk", "Hkv", "D"), FLOAT), k)
     checker.tensor(Rule("v", ("Tk", "Hkv", "D"), (k_info.dtype,)), v)
-    _check_query(checker, q, mask_offsets, window, soft_cap, sinks, out)
+    _check_query(checker, q, mask_offsets, sinks, out)
+    _check_softmax(checker, scale, window, soft_cap)
     checker.tensor(_CU_Q, cu_seqlens_q)
     checker.tensor(_CU_K, cu_seqlens_k)
     return checker
@@ -179,10 +189,18 @@ def _query_heads(checker: Checker) -> int:
     return query_heads
 
 
-def _check_rope(checker: Checker, rope: "Rope") -> None:
+def _check_rope(checker: Checker, rope: Rope, quant: "QuantSpec") -> None:
+    if not isinstance(rope, Rope):
+        raise DtypeError(
+            checker.op,
+            "rope",
+            format=checker.format,
+            expected="a fastkv.Rope or None",
+            got=type(rope).__name__,
+        )
     for name in ("cos", "sin"):
         rule = Rule(f"rope.{name}", ("max_len", "rotary_dim/2"), F32)
-        require_tensor(checker.op, rule.name, getattr(rope, name), "float32 angles' table")
+        require_tensor(checker.op, rule.name, getattr(rope, name), "a float32 table", quant)
         checker.tensor(rule, getattr(rope, name))
     rotary_dim, dim = 2 * checker.sizes["rotary_dim/2"], checker.sizes["D"]
     if not 0 < rotary_dim <= dim:
@@ -214,36 +232,40 @@ def _check_contiguous_out(checker: Checker, out_k: Any, out_v: Any, cu_seqlens_k
     checker.tensor(_CU_K, cu_seqlens_k)
 
 
-def _check_query(
-    checker: Checker,
-    q: Any,
-    mask_offsets: Any,
-    window: int | None,
-    soft_cap: float | None,
-    sinks: Any,
-    out: Any,
-) -> None:
+def _check_query(checker: Checker, q: Any, mask_offsets: Any, sinks: Any, out: Any) -> None:
     info = checker.tensor(_Q, q)
     query_heads, heads = checker.sizes["Hq"], checker.sizes["Hkv"]
-    if query_heads % heads or not query_heads:
+    if not (query_heads and heads and checker.sizes["D"]) or query_heads % heads:
         raise ShapeError(
             checker.op,
             "q",
             format=checker.format,
-            expected=f"Hq a multiple of Hkv = {heads}",
-            got=f"Hq = {query_heads}",
+            expected=f"D > 0 and Hq > 0, a multiple of Hkv = {heads}",
+            got=f"Hq = {query_heads}, D = {checker.sizes['D']}",
         )
     checker.sizes["2"] = 2
     checker.optional(_MASK, mask_offsets)
     checker.optional(_SINKS, sinks)
     checker.optional(Rule("out", ("T", "Hq", "D"), (info.dtype,), True), out)
-    _check_number(checker, "window", window, 1)
-    _check_number(checker, "soft_cap", soft_cap, 0)
 
 
-def _check_number(checker: Checker, name: str, value: float | None, least: int) -> None:
-    """A window is at least 1; a soft cap is above 0."""
-    if value is None or (value >= least if least else 0 < value < float("inf")):
-        return
-    expected = f"None or an integer of at least {least}" if least else "None or a number above 0"
-    raise ContractError(checker.op, name, format=checker.format, expected=expected, got=repr(value))
+def _check_softmax(
+    checker: Checker, scale: float | None, window: int | None, soft_cap: float | None
+) -> None:
+    if scale is not None and not _is_number(scale):
+        raise _wrong_number(checker, "scale", "None or a finite number", scale)
+    if window is not None and not (isinstance(window, Integral) and window >= 1):
+        raise _wrong_number(checker, "window", "None or an integer of at least 1", window)
+    if soft_cap is not None and not (_is_number(soft_cap) and soft_cap > 0):
+        raise _wrong_number(checker, "soft_cap", "None or a finite number above 0", soft_cap)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a host number, NumPy's included, is finite."""
+    return isinstance(value, Real) and isfinite(value)
+
+
+def _wrong_number(checker: Checker, name: str, expected: str, value: object) -> ContractError:
+    return ContractError(
+        checker.op, name, format=checker.format, expected=expected, got=repr(value)
+    )

@@ -68,6 +68,7 @@ def require_static(
 
 def require_cache(op: str, cache: "LayerCache") -> "QuantSpec":
     """Check presence of everything a layer's format requires; returns the format."""
+    require_tensor(op, "cache", cache, "a LayerCache")
     quant = cache.spec.layer_quant(cache.layer_id, op=op)
     names = ("k", "v", "k_scale", "v_scale")
     require_paged(op, {f"cache.{name}": getattr(cache, name) for name in names}, quant)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def run(checker: "Checker", *args: Any, **kwargs: Any) -> None:
     """Run the op of a checked call; it writes its results into the tensors it is given."""
     assert checker.first is not None, "a contract describes at least one tensor"
-    _implementation(checker.op, checker.first.device)(*args, **kwargs)
+    implementation(checker.op, checker.first.device)(*args, **kwargs)
 
 
 def result(checker: "Checker", shape: tuple[str, ...], dtype: str) -> Any:
@@ -43,7 +43,8 @@ def zeros_beside(like: Any, shape: tuple[int, ...]) -> Any:
     return arrays.zeros_like(info, shape, info.dtype)
 
 
-def _implementation(op: str, device: str) -> Callable[..., None]:
+def implementation(op: str, device: str) -> Callable[..., None]:
+    """The code that runs an op on a device; raises `UnsupportedError` where there is none."""
     if device == "cpu":
         function = getattr(import_module(f"fastkv.ops.reference.{op}"), op)
         return lambda *args, **kwargs: function(

@@ -53,7 +53,7 @@ def masked_attention(
             outside the request.
     """
     call = calls.masked_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, mask_offsets, window, soft_cap, sinks, out
+        q, k, v, cu_seqlens_q, cu_seqlens_k, mask_offsets, scale, window, soft_cap, sinks, out
     )
     out = dispatch.result(call, ("T", "Hq", "D"), call.dtype("q")) if out is None else out
     lse = dispatch.result(call, ("T", "Hq"), "float32")

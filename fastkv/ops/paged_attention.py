@@ -71,6 +71,7 @@ def paged_attention(
         cache_seqlens,
         block_table,
         mask_offsets,
+        scale,
         window,
         soft_cap,
         sinks,

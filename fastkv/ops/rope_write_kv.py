@@ -43,8 +43,8 @@ def rope_write_kv(
         cache_seqlens: int32 `[B]`, tokens cached before this step.
         block_table: int32 `[B, M]`; a write to page -1 is dropped.
         rope: tables that reach every position; None leaves Q and K as they are.
-        q_norm_weight: `[D]`; RMS norm of each query head, `x * rsqrt(mean(x^2) + eps) * w`
-            (Zhang and Sennrich, arXiv:1910.07467). None: no norm.
+        q_norm_weight: `[D]`, bf16, fp16 or fp32; RMS norm of each query head,
+            `x / sqrt(mean(x^2) + eps) * w` (Zhang and Sennrich, arXiv:1910.07467). None: no norm.
         k_norm_weight: as `q_norm_weight`, for the key heads.
         norm_eps: epsilon of both norms.
         norm_after_rope: norm after the rotation instead of before it.
@@ -72,6 +72,7 @@ def rope_write_kv(
         rope,
         q_norm_weight,
         k_norm_weight,
+        norm_eps,
         out_k,
         out_v,
         cu_seqlens_k,

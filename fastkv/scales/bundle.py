@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fastkv.errors import MissingTensorError
+from fastkv.errors import MissingTensorError, ShapeError
 
 if TYPE_CHECKING:
     from fastkv.arrays import LibraryName
@@ -69,11 +69,25 @@ class StaticScales:
 
         Every array is cut along KV heads the way `CacheSpec.shard` cuts the cache, so a flat
         per-channel array stays flat.
+
+        Raises:
+            SpecError: the rank is outside the group, or the heads cannot be cut so.
+            ShapeError: an array that is not the whole model's.
         """
         heads = spec.kv_heads(tp_rank, tp_size)
+        whole, dim = spec.num_kv_heads, spec.head_dim
 
         def cut(array: Any) -> Any:
-            per_head = array.shape[0] // spec.num_kv_heads
+            rows = array.shape[0]
+            if rows not in (whole, whole * dim):
+                raise ShapeError(
+                    "StaticScales.shard",
+                    "static",
+                    expected=f"[Hkv], [Hkv, D] or [Hkv * D] with Hkv = {whole}, D = {dim}",
+                    got=str(list(array.shape)),
+                    hint="The spec is the whole model's, and so is the bundle.",
+                )
+            per_head = rows // whole
             return array[heads.start * per_head : heads.stop * per_head]
 
         return self.map(cut)
@@ -99,8 +113,9 @@ class StaticScales:
         from fastkv.scales.values import remarks, require_usable
 
         quant = spec.layer_quant(layer_id, op="StaticScales.validate")
-        require_static("StaticScales.validate", "static", self, quant)
-        require_usable("StaticScales.validate", self, spec, quant)
+        op = f"StaticScales.validate(layer_id={layer_id})"
+        require_static(op, "static", self, quant)
+        require_usable(op, self, spec, quant)
         return remarks(self)
 
     @classmethod
@@ -108,9 +123,16 @@ class StaticScales:
         """Symmetric multipliers from observed maxima: `quant = bound / amax`, `dequant = 1/quant`.
 
         Args:
-            k_amax: largest |K| seen, `[Hkv]` or `[Hkv, D]`.
+            k_amax: largest |K| seen, `[Hkv]` or `[Hkv, D]`, on the CPU, any library.
             v_amax: as `k_amax`, for V.
             quant: a static format without zero points.
+
+        Returns:
+            A bundle of NumPy arrays, float32.
+
+        Raises:
+            ScaleError: a maximum that is negative or not finite.
+            UnsupportedError: a format without static scales, or with zero points.
         """
         from fastkv.scales import formulas
 
@@ -123,12 +145,19 @@ class StaticScales:
         """Multipliers, and zero points where the format has them, from observed ranges.
 
         Args:
-            k_min: smallest K seen, `[Hkv, D]`.
+            k_min: smallest K seen, `[Hkv, D]`, on the CPU, any library.
             k_max: largest K seen, `[Hkv, D]`.
             v_min: as `k_min`, for V.
             v_max: as `k_max`, for V.
             quant: any static format. A format with zero points maps `[min, max]` on all of its
                 codes; any other takes `max(|min|, |max|)`, reduced to its preferred granularity.
+
+        Returns:
+            A bundle of NumPy arrays, float32.
+
+        Raises:
+            ScaleError: a minimum above its maximum, or one that is not finite.
+            UnsupportedError: a format without static scales.
         """
         from fastkv.scales import formulas
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastkv.errors import UnsupportedError
+from fastkv import arrays
+from fastkv.errors import ScaleError, UnsupportedError
 from fastkv.quant import Granularity, QuantSpec, quant_spec
 from fastkv.scales.bundle import StaticScales
 
@@ -67,21 +68,23 @@ def _static_row(op: str, quant: object) -> QuantSpec:
 
 
 def _amax(low: Any, high: Any, row: QuantSpec) -> "F32":
-    amax = np.maximum(np.abs(_float32(low)), np.abs(_float32(high)))
+    amax = np.maximum(*map(np.abs, _range(low, high)))
     return amax.max(axis=-1) if row.granularities[0] is Granularity.HEAD else amax
 
 
 def _symmetric(amax: Any, row: QuantSpec) -> "tuple[F32, F32]":
     assert row.bound is not None, "a static format has a bound"
-    top = np.maximum(_float32(amax), _SMALLEST_RANGE)
+    observed = _float32(amax)
+    _require("from_amax", "amax", np.isfinite(observed) & (observed >= 0), "finite and >= 0")
+    top = np.maximum(observed, _SMALLEST_RANGE)
     bound = np.float32(row.bound)
-    return bound / top, top / bound
+    return _float32(bound / top), _float32(top / bound)
 
 
 def _asymmetric(low: Any, high: Any, row: QuantSpec) -> "tuple[F32, F32, F32]":
     assert row.code_min is not None, "a format with zero points has codes"
     assert row.code_max is not None, "a format with zero points has codes"
-    bottom, top = _float32(low), _float32(high)
+    bottom, top = _range(low, high)
     levels = np.float32(row.code_max - row.code_min)
     smallest = np.maximum(_SMALLEST_RANGE, _SMALLEST_RELATIVE * np.maximum(-bottom, top))
     step: F32 = np.maximum(top - bottom, smallest) / levels
@@ -90,5 +93,24 @@ def _asymmetric(low: Any, high: Any, row: QuantSpec) -> "tuple[F32, F32, F32]":
     return quant, step, zp
 
 
+def _range(low: Any, high: Any) -> "tuple[F32, F32]":
+    bottom, top = _float32(low), _float32(high)
+    usable = np.isfinite(bottom) & np.isfinite(top) & (bottom <= top)
+    _require("from_minmax", "min, max", usable, "finite, min <= max")
+    return bottom, top
+
+
+def _require(function: str, argument: str, usable: "NDArray[np.bool_]", expected: str) -> None:
+    if not usable.all():
+        where = np.argwhere(~usable)[0].tolist()
+        raise ScaleError(
+            f"StaticScales.{function}",
+            argument,
+            expected=expected,
+            got=f"others, first at {where}",
+            hint="An observer that saw no token?",
+        )
+
+
 def _float32(array: Any) -> "F32":
-    return np.asarray(array, np.float32)
+    return np.asarray(arrays.to_host(array), np.float32)

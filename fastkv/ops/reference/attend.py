@@ -24,7 +24,7 @@ class KeySource(Protocol):
     heads: int
 
     def read(self, side: str, start: int, stop: int) -> "F32":
-        """Float32 `[Hkv, stop - start, D]` of side `k` or `v`."""
+        """Float32 `[Hkv, stop - start, D]` of side `k` or `v`; `start` begins a chunk."""
 
     def present(self, start: int, stop: int) -> "Mask | None":
         """Which keys exist at all; None when all do."""
@@ -61,7 +61,9 @@ def visible(
     The request's rows stand at the end of its `length` keys.
     """
     position = np.arange(rows, dtype=np.int64) + (length - rows)
-    low = np.zeros(rows, np.int64) if window is None else np.maximum(position - window + 1, 0)
+    low = np.zeros(rows, np.int64)
+    if window is not None:
+        low = np.maximum(position - min(window, length) + 1, 0)
     high = np.clip(position + 1, 0, length) if causal else np.full(rows, length, np.int64)
     if intervals is not None:
         low = np.maximum(low, intervals[:, 0])

@@ -101,11 +101,9 @@ class PagedKeys:
         self.chunk = per_page * k.page_size
 
     def read(self, side: str, start: int, stop: int) -> "F32":
-        """Float32 `[Hkv, stop - start, D]` of tokens `start .. stop` of the request."""
-        first = start // self._page_size
-        pages = self._pages[first : -(-stop // self._page_size)]
-        skipped = start - first * self._page_size
-        return self._sides[side].read(pages)[:, skipped : skipped + stop - start]
+        """Float32 `[Hkv, stop - start, D]` of tokens `start .. stop`; `start` begins a chunk."""
+        pages = self._pages[start // self._page_size : -(-stop // self._page_size)]
+        return self._sides[side].read(pages)[:, : stop - start]
 
     def present(self, start: int, stop: int) -> "NDArray[np.bool_] | None":
         """Which of the tokens lie on a page; None when all do."""

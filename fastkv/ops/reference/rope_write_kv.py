@@ -35,7 +35,10 @@ def rope_write_kv(
     out_v: "NDArray[Any] | None",
     cu_seqlens_k: "NDArray[np.int32] | None",
 ) -> None:
-    """Write `q`, the cache, and where given `k`, `v`, `out_k` and `out_v`."""
+    """Write the cache, `q` and, where given, `k`, `v`, `out_k` and `out_v`.
+
+    Rows of nobody stay as they are; `q`, `k` and `v` come zero-filled.
+    """
     _check(qkv, cache, cu_seqlens_q, cache_seqlens, block_table, rope, out_k, cu_seqlens_k)
     requests, positions, rows = _tokens(cu_seqlens_q, cache_seqlens)
     q_heads, k_heads, v_heads = _split(qkv[rows], cache)
@@ -43,7 +46,6 @@ def rope_write_kv(
         angles = None if rope is None else (rope, positions)
         rotated_q = _norm_and_rotate(q_heads, angles, q_norm_weight, norm_eps, norm_after_rope)
         rotated_k = _norm_and_rotate(k_heads, angles, k_norm_weight, norm_eps, norm_after_rope)
-        q[...] = 0
         q[rows] = rotated_q
         pages, slots = places(block_table, requests, positions, cache.spec.page_size)
         for side, x, returned in (("k", rotated_k, k), ("v", v_heads, v)):
@@ -95,8 +97,8 @@ def _tokens(
 
 def _split(qkv: "NDArray[Any]", cache: LayerCache) -> "tuple[F32, F32, F32]":
     """Float32 query heads `[n, Hq, D]`, key heads and value heads `[n, Hkv, D]`."""
-    heads = qkv.astype(np.float32).reshape(len(qkv), -1, cache.spec.head_dim)
-    kv = cache.spec.num_kv_heads
+    dim, kv = cache.spec.head_dim, cache.spec.num_kv_heads
+    heads = qkv.astype(np.float32).reshape(len(qkv), qkv.shape[1] // dim, dim)
     return heads[:, : -2 * kv], heads[:, -2 * kv : -kv], heads[:, -kv:]
 
 
@@ -117,9 +119,18 @@ def _norm_and_rotate(
 
 
 def _rms_norm(x: "F32", weight: "NDArray[Any]", eps: float) -> "F32":
-    mean = np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32)
-    root: F32 = np.sqrt(mean + np.float32(eps))
+    root: F32 = np.sqrt(_sum(x * x) / np.float32(x.shape[-1]) + np.float32(eps))
     return x / root * np.asarray(weight, np.float32)
+
+
+def _sum(x: "F32") -> "F32":
+    """Sum of the last axis, kept, in one order whatever the memory layout: fold halves."""
+    while (half := x.shape[-1] // 2) and x.shape[-1] % 2 == 0:
+        x = x[..., :half] + x[..., half:]
+    total = x[..., :1]
+    for i in range(1, x.shape[-1]):
+        total = total + x[..., i : i + 1]
+    return total
 
 
 def _rotate(x: "F32", rope: Rope, positions: "NDArray[Any]") -> "F32":

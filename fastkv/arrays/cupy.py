@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CuPy arrays."""
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import cupy
+
+from fastkv.arrays.library import ArrayInfo, Library, cuda_index, numpy_dtype
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@cache
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype.name)
+
+
+def _describe(array: Any, _: str, __: str) -> ArrayInfo:
+    return ArrayInfo("cupy", f"cuda:{array.device.id}", _dtype_name(array.dtype), array.shape)
+
+
+def _storage(dtype: str) -> Any:
+    # CuPy has no float8; the ops take its bytes as uint8.
+    return numpy_dtype("uint8" if dtype.startswith("float8") else dtype)
+
+
+def _zeros(shape: tuple[int, ...], dtype: str, device: str) -> Any:
+    with cupy.cuda.Device(cuda_index("zeros", "cupy", device)):
+        return cupy.zeros(shape, _storage(dtype))
+
+
+def _to_host(_: Any, info: ArrayInfo) -> "NDArray[Any]":
+    raise AssertionError(f"a CuPy array is never on the CPU: {info}")
+
+
+def _from_host(host: "NDArray[Any]", device: str) -> Any:
+    with cupy.cuda.Device(cuda_index("from_host", "cupy", device)):
+        return cupy.asarray(host.view(_storage(host.dtype.name)))
+
+
+LIBRARY = Library(_describe, _zeros, _to_host, _from_host)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each library's module gives, and what they share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastkv.errors import DtypeError, PlacementError, UnsupportedError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class ArrayInfo(NamedTuple):
+    """What a contract may know of a tensor: metadata, never values."""
+
+    library: str
+    device: str
+    dtype: str
+    shape: tuple[int, ...]
+    writeable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """How one library describes, makes and shares tensors.
+
+    Attributes:
+        describe: `(tensor, op, argument)` to its description; the names go into an error.
+        zeros: `(shape, dtype, device)` to a zero-filled tensor.
+        to_host: a CPU tensor and its description to a NumPy view of it.
+        from_host: `(writeable array, device)` to a tensor, over the same memory on the CPU.
+    """
+
+    describe: Callable[[Any, str, str], ArrayInfo]
+    zeros: Callable[[tuple[int, ...], str, str], Any]
+    to_host: "Callable[[Any, ArrayInfo], NDArray[Any]]"
+    from_host: "Callable[[NDArray[Any], str], Any]"
+
+
+@cache
+def numpy_dtype(name: str) -> Any:
+    """The NumPy dtype of a name, ml_dtypes' included."""
+    import ml_dtypes
+    import numpy as np
+
+    try:
+        return np.dtype(getattr(ml_dtypes, name, name))
+    except TypeError as error:
+        raise DtypeError(
+            "numpy_dtype", "dtype", expected="one that NumPy or ml_dtypes has", got=name
+        ) from error
+
+
+class _Borrowed:
+    """Lends a tensor's memory to NumPy, and keeps the tensor alive as long as the view lives."""
+
+    def __init__(self, owner: Any, interface: dict[str, Any]) -> None:
+        self.owner = owner
+        self.__array_interface__ = interface
+
+
+def view(array: Any, info: ArrayInfo, pointer: int, strides: tuple[int, ...]) -> "NDArray[Any]":
+    """A NumPy view of a tensor's memory; `strides` counts elements."""
+    import numpy as np
+
+    dtype = numpy_dtype(info.dtype)
+    if 0 in info.shape:
+        return np.empty(info.shape, dtype)  # may point to nothing, which NumPy 1 refuses
+    interface = {
+        "version": 3,
+        "typestr": f"<u{dtype.itemsize}",
+        "data": (pointer, False),
+        "shape": info.shape,
+        "strides": tuple(stride * dtype.itemsize for stride in strides),
+    }
+    return np.asarray(_Borrowed(array, interface)).view(dtype)
+
+
+def not_strided(op: str, argument: str, got: str, hint: str) -> UnsupportedError:
+    """The error for a tensor that pointer, shape and strides do not describe."""
+    return UnsupportedError(
+        op, argument, expected="a tensor whose elements lie at strides", got=got, hint=hint
+    )
+
+
+def cuda_index(op: str, library: str, device: str) -> int:
+    """N of `cuda:N`; plain `cuda` is 0."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not (index or "0").isdecimal():
+        raise PlacementError(op, "device", expected=f"cuda:N for {library}", got=device)
+    return int(index or 0)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paddle tensors."""
+
+from typing import TYPE_CHECKING, Any
+
+import paddle
+from paddle.utils.dlpack import from_dlpack
+
+from fastkv.arrays.library import ArrayInfo, Library, cuda_index, not_strided, view
+from fastkv.dtypes import ITEMSIZE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Paddle neither fills nor imports all of the dtypes, but views any of a size as another.
+_RAW: dict[int, Any] = {1: "uint8", 2: "int16", 4: "float32", 8: "int64"}
+
+_dtype_names: dict[int, str] = {}  # by the enumeration's number: hashing a Paddle dtype is slow
+
+
+def _describe(array: Any, op: str, argument: str) -> ArrayInfo:
+    if not array.is_dense():
+        raise not_strided(op, argument, "a sparse tensor", "Make it dense.")
+    dtype = array.dtype
+    name = _dtype_names.get(dtype.value) or _name(dtype)
+    device = str(array.place)[6:-1].replace("gpu", "cuda")  # "Place(cpu)", "Place(gpu:0)"
+    return ArrayInfo("paddle", device, name, tuple(array.shape))
+
+
+def _name(dtype: Any) -> str:
+    return _dtype_names.setdefault(dtype.value, str(dtype).rpartition(".")[2])
+
+
+def _place(op: str, device: str) -> Any:
+    if device == "cpu":
+        return paddle.CPUPlace()
+    return paddle.CUDAPlace(cuda_index(op, "paddle", device))
+
+
+def _zeros(shape: tuple[int, ...], dtype: str, device: str) -> Any:
+    raw = _RAW[ITEMSIZE[dtype]]
+    return _as(dtype, raw, paddle.zeros(list(shape), dtype=raw, device=_place("zeros", device)))
+
+
+def _to_host(array: Any, info: ArrayInfo) -> "NDArray[Any]":
+    return view(array, info, array.data_ptr(), tuple(array.strides))
+
+
+def _from_host(host: "NDArray[Any]", device: str) -> Any:
+    raw = _RAW[host.itemsize]
+    bits = host.view(raw)
+    if device == "cpu":
+        return _as(host.dtype.name, raw, from_dlpack(bits))
+    return _as(host.dtype.name, raw, paddle.to_tensor(bits, place=_place("from_host", device)))
+
+
+def _as(dtype: Any, raw: str, tensor: Any) -> Any:
+    return tensor if dtype == raw else tensor.view(dtype)
+
+
+LIBRARY = Library(_describe, _zeros, _to_host, _from_host)
