@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class ArrayInfo(NamedTuple):
-    """What a contract may know of a tensor: metadata, never values."""
+    """What a contract may know of a tensor: metadata, never values.
+
+    `writeable` is False for read-only memory, and where expanded elements share one place.
+    """
 
     library: str
     device: str
@@ -76,6 +79,12 @@ def view(array: Any, info: ArrayInfo, pointer: int, strides: tuple[int, ...]) ->
         "strides": tuple(stride * dtype.itemsize for stride in strides),
     }
     return np.asarray(_Borrowed(array, interface)).view(dtype)
+
+
+def distinct(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether no axis repeats one element, as `expand` makes it (NumPy calls that read-only)."""
+    repeats = any(n > 1 and stride == 0 for n, stride in zip(shape, strides, strict=True))
+    return 0 in shape or not repeats
 
 
 def not_strided(op: str, argument: str, got: str, hint: str) -> UnsupportedError:

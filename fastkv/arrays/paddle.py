@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import paddle
 from paddle.utils.dlpack import from_dlpack
 
-from fastkv.arrays.library import ArrayInfo, Library, cuda_index, not_strided, view
+from fastkv.arrays.library import ArrayInfo, Library, cuda_index, distinct, not_strided, view
 from fastkv.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ def _describe(array: Any, op: str, argument: str) -> ArrayInfo:
     dtype = array.dtype
     name = _dtype_names.get(dtype.value) or _name(dtype)
     device = str(array.place)[6:-1].replace("gpu", "cuda")  # "Place(cpu)", "Place(gpu:0)"
-    return ArrayInfo("paddle", device, name, tuple(array.shape))
+    shape, strides = tuple(array.shape), tuple(array.strides)
+    return ArrayInfo("paddle", device, name, shape, 0 not in strides or distinct(shape, strides))
 
 
 def _name(dtype: Any) -> str:

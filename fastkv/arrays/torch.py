@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastkv.arrays.library import ArrayInfo, Library, not_strided, view
+from fastkv.arrays.library import ArrayInfo, Library, distinct, not_strided, view
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,7 +28,8 @@ def _describe(array: Any, op: str, argument: str) -> ArrayInfo:
         got = "a lazily negated or conjugated tensor"
         raise not_strided(op, argument, got, "Call resolve_neg() or resolve_conj().")
     device, dtype = _device_name(array.device), _dtype_name(array.dtype)
-    return ArrayInfo("torch", device, dtype, tuple(array.shape))
+    shape, strides = tuple(array.shape), array.stride()
+    return ArrayInfo("torch", device, dtype, shape, 0 not in strides or distinct(shape, strides))
 
 
 def _zeros(shape: tuple[int, ...], dtype: str, device: str) -> Any:

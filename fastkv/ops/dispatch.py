@@ -31,6 +31,7 @@ def result(checker: "Checker", shape: tuple[str, ...], dtype: str) -> Any:
         dtype: of the result.
     """
     assert checker.first is not None, "a contract describes at least one tensor"
+    implementation(checker.op, checker.first.device)  # refuse a device before allocating on it
     return arrays.zeros_like(checker.first, tuple(checker.sizes[s] for s in shape), dtype)
 
 
