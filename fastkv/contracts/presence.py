@@ -3,10 +3,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fastkv.errors import MissingTensorError, SurplusTensorError
+from fastkv.cache import LayerCache
+from fastkv.errors import DtypeError, MissingTensorError, SurplusTensorError
 
 if TYPE_CHECKING:
-    from fastkv.cache import LayerCache
     from fastkv.quant import QuantSpec
     from fastkv.scales import StaticScales
 
@@ -66,9 +66,11 @@ def require_static(
             )
 
 
-def require_cache(op: str, cache: "LayerCache") -> "QuantSpec":
+def require_cache(op: str, cache: LayerCache) -> "QuantSpec":
     """Check presence of everything a layer's format requires; returns the format."""
     require_tensor(op, "cache", cache, "a LayerCache")
+    if not isinstance(cache, LayerCache):
+        raise DtypeError(op, "cache", expected="a LayerCache", got=type(cache).__name__)
     quant = cache.spec.layer_quant(cache.layer_id, op=op)
     names = ("k", "v", "k_scale", "v_scale")
     require_paged(op, {f"cache.{name}": getattr(cache, name) for name in names}, quant)

@@ -52,8 +52,8 @@ def rope_write_kv(
         out_k: `[Tk, Hkv, D]`, written: row `cu_seqlens_k[b] + cache_seqlens[b] + j` gets the
             rotated, unquantized K of token j. Comes with `out_v` and `cu_seqlens_k`.
         out_v: as `out_k`, for V.
-        cu_seqlens_k: int32 `[B+1]`, cached plus new tokens; a request with an empty segment is
-            not written to `out_k` and `out_v`.
+        cu_seqlens_k: int32 `[B+1]`, cached plus new tokens, neither more nor less; a request with
+            an empty segment is not written to `out_k` and `out_v`.
 
     Returns:
         `q [T, Hq, D]` in qkv's dtype; with `return_kv`, `(q, k [T, Hkv, D], v [T, Hkv, D])`.

@@ -21,10 +21,10 @@ _INVERSE_TOLERANCE = 0.02
 def require_usable(op: str, static: StaticScales, spec: "CacheSpec", quant: QuantSpec) -> None:
     """Raise unless shapes and dtypes fit the format and every value can be used."""
     check_static(op, static, spec, quant)
-    require_values(op, static.map(_host), quant)
+    require_values(op, "static", static.map(_host), quant)
 
 
-def require_values(op: str, static: StaticScales, quant: QuantSpec) -> None:
+def require_values(op: str, argument: str, static: StaticScales, quant: QuantSpec) -> None:
     """Raise unless multipliers are finite and positive and zero points finite (NumPy arrays)."""
     for name in FIELDS:
         array = getattr(static, name)
@@ -37,7 +37,7 @@ def require_values(op: str, static: StaticScales, quant: QuantSpec) -> None:
             worst = tuple(int(i) for i in np.argwhere(~usable)[0])
             raise ScaleError(
                 op,
-                f"static.{name}{list(worst)}",
+                f"{argument}.{name}{list(worst)}",
                 format=quant.name.value,
                 expected="finite" if is_zp else "finite and > 0",
                 got=str(values[worst]),

@@ -74,14 +74,16 @@ def _check(
     page_size = cache.spec.page_size
     new = check.running_sum("cu_seqlens_q", cu_seqlens_q, len(qkv))
     lengths = check.lengths(cache_seqlens, new, block_table, page_size)
-    check.pages(block_table, cache_seqlens, lengths, len(cache.k), page_size)
+    # The prefix's pages too: the op that reads them next would refuse them after this write.
+    starts = np.where(new > 0, 0, lengths)
+    check.pages(block_table, starts, lengths, len(cache.k), page_size)
     if rope is not None and (bad := (new > 0) & (lengths > len(rope.cos))).any():
         b = int(np.argmax(bad))
         raise check.fault(
             f"rope of request {b}", f"tables of at least {lengths[b]} positions", len(rope.cos)
         )
     if out_k is not None and cu_seqlens_k is not None:
-        check.segments(cu_seqlens_k, len(out_k), lengths)
+        check.segments(cu_seqlens_k, len(out_k), lengths, exact=new > 0)
 
 
 def _tokens(

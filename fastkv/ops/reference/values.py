@@ -23,7 +23,7 @@ class Values:
         self.op = op
         self.format = None if cache is None else cache.quant.name.value
         if cache is not None and cache.static is not None:
-            require_values(op, cache.static, cache.quant)
+            require_values(op, "cache.static", cache.static, cache.quant)
 
     def fault(self, argument: str, expected: str, got: object) -> BatchValueError:
         """The error for one value."""
@@ -90,15 +90,26 @@ class Values:
                 block_table[b, m],
             )
 
-    def segments(self, cu_seqlens_k: "NDArray[Any]", rows: int, needed: "NDArray[Any]") -> None:
-        """Check that each request's segment of contiguous K and V is empty or long enough."""
+    def segments(
+        self,
+        cu_seqlens_k: "NDArray[Any]",
+        rows: int,
+        needed: "NDArray[Any]",
+        exact: "NDArray[np.bool_] | bool" = False,
+    ) -> None:
+        """Check that each request's segment of contiguous K and V is empty, or holds its tokens.
+
+        Where `exact`, it holds no more than them: attention over a longer one would take the rows
+        behind the tokens for keys.
+        """
         counts = self.running_sum("cu_seqlens_k", cu_seqlens_k, rows)
-        short = (counts > 0) & (counts < needed)
-        if short.any():
-            b = int(np.argmax(short))
+        bad = (counts > 0) & ((counts < needed) | (exact & (counts > needed)))
+        if bad.any():
+            b = int(np.argmax(bad))
+            least = "" if np.broadcast_to(exact, counts.shape)[b] else "at least "
             raise self.fault(
                 f"cu_seqlens_k[{b + 1}] of request {b}",
-                f"a segment of 0 or at least {needed[b]} rows",
+                f"a segment of 0 or {least}{needed[b]} rows",
                 counts[b],
             )
 

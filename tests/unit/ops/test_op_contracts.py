@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults that metadata shows: the right exception, before the implementation is called."""
 
+import importlib
 import math
 
 import numpy as np
@@ -18,7 +19,6 @@ from fastkv.errors import (
     SurplusTensorError,
     UnsupportedError,
 )
-from fastkv.ops import dispatch
 from helpers.batches import FORMATS, floats
 from helpers.calls import OPS, REQUIRED, WITH_CACHE, legal_call
 
@@ -27,8 +27,12 @@ STATIC = ("k_quant", "k_dequant", "v_quant", "v_dequant")
 
 @pytest.fixture
 def implementations(mocker):
-    """Spies on where an op's code is found."""
-    return mocker.spy(dispatch, "implementation")
+    """Spies on what runs the ops, all under one mock."""
+    every = mocker.Mock()
+    for op in OPS:
+        spy = mocker.spy(importlib.import_module(f"fastkv.ops.reference.{op}"), op)
+        every.attach_mock(spy, op)
+    return every
 
 
 def fault(call, exception, argument, implementations):
@@ -42,7 +46,7 @@ def fault(call, exception, argument, implementations):
     for part in (error.op, error.argument, error.expected, error.got):
         assert part
         assert part in str(error)
-    implementations.assert_not_called()
+    assert implementations.mock_calls == []
     return error
 
 
@@ -50,7 +54,26 @@ def fault(call, exception, argument, implementations):
 @pytest.mark.parametrize("op", OPS)
 def test_the_legal_call_runs(op, fmt, implementations):
     legal_call(op, fmt).run()
-    implementations.assert_called_once()
+    assert [name for name, _, _ in implementations.mock_calls] == [op]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("op", ["rope_write_kv", "paged_attention", "masked_attention"])
+def test_without_rows_nothing_runs(op, fmt, implementations):
+    call = legal_call(op, fmt, cached=(3, 0), new=(0, 0), padding=0)
+    result = call.run()
+    first = result[0] if isinstance(result, tuple) else result
+    assert first.shape == (0, 6, 64)
+    assert implementations.mock_calls == []
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_without_requests_or_pages_nothing_runs(fmt, implementations):
+    assert legal_call("gather_kv", fmt, cached=(), new=()).run() is None
+    call = legal_call("copy_pages", fmt)
+    call["src"] = call["dst"] = np.zeros(0, np.int32)
+    assert call.run() is None
+    assert implementations.mock_calls == []
 
 
 # --- presence ---------------------------------------------------------------------------------
@@ -113,7 +136,7 @@ def test_a_layer_outside_the_spec(op, layer_id, implementations):
     call["cache.layer_id"] = layer_id
     error = call.raises(LayerIndexError)
     assert (error.op, error.argument, error.got) == (op, "layer_id", str(layer_id))
-    implementations.assert_not_called()
+    assert implementations.mock_calls == []
 
 
 @pytest.mark.parametrize("absent", ["out_k", "out_v", "cu_seqlens_k"])
@@ -216,7 +239,6 @@ def test_multipliers_of_no_known_granularity(op, fmt, shape, implementations):
     for name in call["cache"].quant.static_fields:
         broken = legal_call(op, fmt)
         broken[f"cache.static.{name}"] = np.ones(shape, np.float32)
-        implementations.reset_mock()
         fault(broken, ShapeError, f"cache.static.{name}", implementations)
 
 
@@ -262,6 +284,16 @@ def test_rotary_dims_that_no_head_has(half, implementations):
     fault(call, ShapeError, "rope.cos", implementations)
 
 
+@pytest.mark.parametrize("op", ["rope_write_kv", "paged_attention", "masked_attention"])
+def test_a_running_sum_has_a_first_entry(op, implementations):
+    call = legal_call(op)
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        if name in call.arguments:
+            call[name] = np.zeros(0, np.int32)
+    error = fault(call, ShapeError, "cu_seqlens_q", implementations)
+    assert error.got == "[0]"
+
+
 def test_rope_tables_of_different_shape(implementations):
     call = legal_call("rope_write_kv")
     call["rope.sin"] = call["rope.sin"][:-1]
@@ -294,7 +326,7 @@ def test_no_tensor_at_all(op, fmt, name, implementations):
     error = call.raises(DtypeError)
     assert (error.op, error.argument) == (op, name)
     assert "list" in error.got
-    implementations.assert_not_called()
+    assert implementations.mock_calls == []
 
 
 @pytest.mark.parametrize("op", WITH_CACHE)
@@ -339,50 +371,70 @@ def test_swapped_bytes(implementations):
     assert fault(call, DtypeError, "q", implementations).got == ">f4"
 
 
+class OtherTensor:
+    """A tensor of a library that this machine lacks, on a device of it."""
+
+    device = "cuda:0"
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+
+class OtherHostTensor(OtherTensor):
+    """The same, on the CPU."""
+
+    device = "cpu"
+
+
 @pytest.fixture
-def device_tensor(monkeypatch):
-    """A tensor of a library that this machine lacks, on a GPU that it lacks."""
-
-    class Tensor:
-        __module__ = "fakelibrary"
-
-        def __init__(self, array):
-            self.array, self.shape, self.dtype = array, array.shape, array.dtype
-
+def other_library(monkeypatch):
+    """Makes fastkv know both."""
     real = arrays.describe
 
     def describe(array, op="describe", argument="array"):
-        if isinstance(array, Tensor):
+        if isinstance(array, OtherTensor):
             info = real(array.array, op, argument)
-            return info._replace(library="fakelibrary", device="cuda:0")
+            return info._replace(library="otherlibrary", device=array.device)
         return real(array, op, argument)
+
+    def zeros_like(_, shape, dtype):
+        return OtherTensor(np.zeros(shape, arrays.numpy_dtype(dtype)))
 
     monkeypatch.setattr("fastkv.contracts.tensors.describe", describe)
     monkeypatch.setattr("fastkv.arrays.describe", describe)
-    monkeypatch.setattr(
-        "fastkv.arrays.zeros_like",
-        lambda info, shape, dtype: Tensor(np.zeros(shape, arrays.numpy_dtype(dtype))),
-    )
-    return Tensor
+    monkeypatch.setattr("fastkv.arrays.zeros_like", zeros_like)
+
+
+@pytest.mark.usefixtures("other_library")
+@pytest.mark.parametrize("op", OPS)
+def test_tensors_of_two_libraries(op, implementations):
+    call = legal_call(op)
+    name = REQUIRED[op][-1]
+    call[name] = OtherHostTensor(call[name])
+    error = fault(call, PlacementError, name, implementations)
+    assert "numpy tensor on cpu" in error.expected
+    assert error.got == "a otherlibrary tensor on cpu"
 
 
 @pytest.mark.parametrize(("op", "fmt", "name"), every_array())
-def test_tensors_of_two_devices(op, fmt, name, implementations, device_tensor):
+@pytest.mark.usefixtures("other_library")
+def test_tensors_of_two_devices(op, fmt, name, implementations):
     call = legal_call(op, fmt)
-    call[name] = device_tensor(call[name])
+    call[name] = OtherTensor(call[name])
     error = call.raises(PlacementError)
     assert error.op == op
     assert "cuda:0" in error.expected + error.got
     assert "numpy" in error.expected + error.got
-    implementations.assert_not_called()
+    assert implementations.mock_calls == []
 
 
+@pytest.mark.usefixtures("other_library")
 @pytest.mark.parametrize("op", OPS)
-def test_a_device_tensor_never_runs_on_the_reference(op, device_tensor, mocker):
+def test_a_device_tensor_never_runs_on_the_reference(op, mocker):
     call = legal_call(op, "block_wise_fp8")
     reference = mocker.patch(f"fastkv.ops.reference.{op}.{op}")
     for name in call.arrays():
-        call[name] = device_tensor(call[name])
+        call[name] = OtherTensor(call[name])
     error = call.raises(UnsupportedError)
     assert (error.op, error.argument, error.got) == (op, "device", "cuda:0")
     reference.assert_not_called()

@@ -62,10 +62,10 @@ def test_pages_that_no_token_lies_on_may_be_anything(op):
     call.run()
 
 
-def test_a_write_reads_only_the_pages_of_new_tokens():
+def test_a_write_refuses_a_bad_page_of_its_prefix_that_the_next_op_would_read():
     call = legal_call("rope_write_kv")
     call["block_table"][0, 0] = 99  # tokens 0 .. 15, all cached
-    call.run()
+    fault(call, "block_table[0, 0] of request 0", "99")
 
 
 @pytest.mark.parametrize("op", ["rope_write_kv", "paged_attention"])
@@ -137,14 +137,23 @@ def test_segments_that_decrease_or_pass_the_end(op, sums, argument, got):
     fault(call, argument, got)
 
 
-@pytest.mark.parametrize(("op", "rows"), [("rope_write_kv", 22), ("gather_kv", 20)])
-def test_segments_too_short_for_their_tokens(op, rows):
-    call = legal_call(op)
-    call["cu_seqlens_k"] = int32(0, rows, 29)
+def test_segments_too_short_for_the_tokens_to_gather():
+    call = legal_call("gather_kv")
+    call["cu_seqlens_k"] = int32(0, 20, 29)
     call.run()
-    call["cu_seqlens_k"] = int32(0, rows - 1, 29)
-    error = fault(call, "cu_seqlens_k[1] of request 0", str(rows - 1))
-    assert f"at least {rows} rows" in error.expected
+    call["cu_seqlens_k"] = int32(0, 19, 29)
+    error = fault(call, "cu_seqlens_k[1] of request 0", "19")
+    assert "0 or at least 20 rows" in error.expected
+
+
+@pytest.mark.parametrize("rows", [21, 23])
+def test_segments_that_are_not_cached_plus_new_tokens(rows):
+    call = legal_call("rope_write_kv")
+    call["cu_seqlens_k"] = int32(0, 22, 29)
+    call.run()
+    call["cu_seqlens_k"] = int32(0, rows, 29)
+    error = fault(call, "cu_seqlens_k[1] of request 0", str(rows))
+    assert "0 or 22 rows" in error.expected
 
 
 @pytest.mark.parametrize("b", [0, 1])
@@ -196,7 +205,7 @@ def test_multipliers_that_no_op_can_use(op, fmt, value):
         if field.endswith("_zp") and math.isfinite(value):
             call.run()
             continue
-        error = fault(call, f"static.{field}{list(last)}", str(np.float32(value)), ScaleError)
+        error = fault(call, f"cache.static.{field}{list(last)}", str(np.float32(value)), ScaleError)
         assert error.expected == ("finite" if field.endswith("_zp") else "finite and > 0")
         assert bool(error.hint) == (value == 0)
 
