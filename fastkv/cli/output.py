@@ -25,7 +25,14 @@ def progress_console() -> Console:
 
 def table(title: str, *columns: str, numeric: tuple[str, ...] = ()) -> Table:
     """A table; the numeric columns are aligned right."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    made = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for column in columns:
         made.add_column(column, justify="right" if column in numeric else "left")
     return made

@@ -127,6 +127,9 @@ def test_a_cache_is_missed(op, implementations):
     call = legal_call(op)
     call["cache"] = None
     fault(call, MissingTensorError, "cache", implementations)
+    call["cache"] = ["k", "v"]  # an engine's list that was not resolved
+    error = call.raises(DtypeError)
+    assert (error.op, error.argument, error.got) == (op, "cache", "list")
 
 
 @pytest.mark.parametrize("op", WITH_CACHE)

@@ -168,8 +168,8 @@ def test_what_is_quantized_is_float32_after_norm_and_rope(variant):
 def test_out_k_and_out_v_get_the_new_tokens_behind_the_prefix(out_dtype):
     rng = np.random.default_rng(17)
     batch = make_batch(rng, "cache_int8", cached=(5, 3, 0, 8), new=(2, 4, 3, 0))
-    # Request 1 takes no part, request 2 has room to spare, request 3 has no new token.
-    cu_seqlens_k = np.array([1, 8, 8, 13, 21], np.int32)
+    # Request 1 takes no part; request 3 has no new token, and room to spare.
+    cu_seqlens_k = np.array([1, 8, 8, 11, 21], np.int32)
     out_k, out_v = floats(rng, (2, 23, 2, 64), out_dtype)
     want_k, want_v = bits(out_k), bits(out_v)
     write(batch, rope=batch.rope, out_k=out_k, out_v=out_v, cu_seqlens_k=cu_seqlens_k)
