@@ -30,7 +30,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     FigureCanvasAgg(figure)  # no display, no global state
     axes = figure.add_subplot()
     for i, row in enumerate(rows):
-        label = f"{row.format}, {row.bytes_per_token:,} B"
+        label = f"{row.format} ({row.dtype}), {row.bytes_per_token:,} B"
         if row.kl > 0:
             marker = "osD^v"[i % 5]
             axes.scatter(
@@ -38,6 +38,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
             )
         else:
             axes.axvline(row.bytes_per_token, color=f"C{i}", linestyle="--", label=f"{label}, KL 0")
+    axes.set_axisbelow(True)
     axes.set_xlim(left=0)
     if any(row.kl > 0 for row in rows):
         axes.set_yscale("log")
@@ -45,5 +46,5 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.set_ylabel("KL divergence from the float32 cache, nats a token")
     axes.set_title(title)
     axes.grid(which="both", alpha=0.3)
-    axes.legend(loc="best")
+    axes.legend(loc="upper center")
     figure.savefig(path, dpi=150)

@@ -136,6 +136,26 @@ def test_dropped_scales_are_seen(model, ids):
     assert good * 50 < unscaled
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_each_layer_reads_its_own_scales(model, ids, layer):
+    quant = QUANT_SPECS["cache_fp8"]
+    evaluation = Evaluation(model, ids, replace(SETTINGS, formats=(quant,)))
+    scales = evaluation.calibrated()[quant]
+    wrong = replace(scales[layer], v_dequant=3 * scales[layer].v_dequant)
+    good, bad = (
+        evaluation.scored({quant: s}).rows[0].kl for s in (scales, {**scales, layer: wrong})
+    )
+    assert bad > 5 * good
+
+
+def test_fixed_bytes_follow_the_granularity(model, ids):
+    formats = (QUANT_SPECS["cache_int8"],)
+    settings = replace(SETTINGS, formats=formats, granularity=Granularity.CHANNEL)
+    (row,) = Evaluation(model, ids, settings).run().rows
+    assert row.granularity == "channel"
+    assert row.fixed_bytes == 4 * 2 * 2 * 3 * 2 * 16  # float32, a pair, K and V, layers, heads, D
+
+
 # Bounds
 
 DOCUMENTED = Settings(FORMATS, Span(0, 3072), Span(20_000, 22_048))

@@ -394,6 +394,33 @@ def test_merged_states_may_attend_twice(step):
         assert set(unmerged) == {("merge_states", "out")}
 
 
+class NewTokensApart:
+    """The pages serve the prefix, contiguous K and V the new tokens; nothing is gathered."""
+
+    def __init__(self, ops):
+        self.ops = ops
+
+    def forward_mixed(self, qkv, layer, meta):
+        cache = resolve(meta.caches, layer, meta.spec)
+        batch = batch_arguments(meta)
+        q, k, v = self.ops.rope_write_kv(qkv, cache, **batch, rope=meta.rope, return_kv=True)
+        sums = {"cu_seqlens_q": meta.cu_seqlens_q, "cu_seqlens_k": meta.cu_seqlens_k}
+        one = self.ops.masked_attention(q, k, v, **sums, return_lse=True)
+        other = self.ops.paged_attention(q, cache, **batch, causal=False, return_lse=True)
+        return self.ops.merge_states(*one, *other)[0]
+
+
+@pytest.mark.parametrize("step", SCENARIOS)
+def test_a_prefix_on_pages_needs_no_gather(step):
+    for case in BY_STEP[step]:
+        assert faults(NewTokensApart, case) == {}
+
+
+def test_an_optional_argument_may_be_none():
+    absent = with_keyword(out_k=None, out_v=None, cu_seqlens_k=None)
+    assert faults(changed(AppendBackend, rope_write_kv=absent)) == {}
+
+
 # --- kernels of one's own -------------------------------------------------------------------------
 
 
@@ -414,6 +441,12 @@ def by_attributes(case):
             "v_zp": getattr(layer, "cache_v_zp", None),
         }
     return given
+
+
+TENSORS = (
+    *("k", "v", "k_scale", "v_scale"),
+    *("k_quant", "k_dequant", "v_quant", "v_dequant", "k_zp", "v_zp"),
+)
 
 
 def fused(case, **changes):
@@ -442,7 +475,7 @@ def test_kernels_of_ones_own_pass(case, run):
     conformance.check(case, run=run)
 
 
-@pytest.mark.parametrize("name", ["k", "v", "k_scale", "v_scale", "k_dequant", "v_quant", "v_zp"])
+@pytest.mark.parametrize("name", TENSORS)
 def test_a_wrong_tensor_in_a_kernel_of_ones_own(name):
     stray = SentinelTensor("stray")
     for case in conformance.cases():
@@ -452,6 +485,23 @@ def test_a_wrong_tensor_in_a_kernel_of_ones_own(name):
         found = conformance.faults(case, run=lambda c: fused(c, **{name: None}))
         want = [] if case.expected[name] is None else [name]
         assert [one.argument for one in found] == want
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("op", ["store", "load", "decode", "prefill"])
+def test_a_kernel_needs_what_its_roles_need(op, name):
+    for case in conformance.cases(scenarios=["mixed"]):
+        calls = split(case)
+        (call,) = [one for one in calls if one.op == op]
+        given = dict(call.arguments)
+        needed = given.pop(name, None) is not None
+        calls[calls.index(call)] = Observation(call.op, call.roles, given)
+        found = conformance.faults(case, run=lambda c, calls=calls: calls)
+        assert [(fault.op, fault.argument) for fault in found] == [(op, name)] * needed
+        # And what it could do without is right where it is given.
+        given[name] = SentinelTensor("stray")
+        (fault,) = conformance.faults(case, run=lambda c, calls=calls: calls)
+        assert (fault.op, fault.argument, fault.got) == (op, name, "<stray>")
 
 
 @pytest.mark.parametrize(

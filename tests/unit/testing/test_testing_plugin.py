@@ -69,6 +69,7 @@ def test_the_fixtures_work(run_suite):
             )
             assert recording_ops.names() == ["rope_write_kv", "paged_attention"]
             assert recording_ops.only("paged_attention").arguments["cache"].k is meta.caches[8]
+            assert "numpy" not in sys.modules
 
         def test_ops_are_new(recording_ops):
             assert recording_ops.calls == []
