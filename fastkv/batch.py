@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from fastkv.contracts.presence import require_tensor
+from fastkv.contracts.presence import require_kind, require_tensor
 from fastkv.errors import ContractError, ShapeError
 from fastkv.quant import QuantSpec
 from fastkv.rope import Rope
@@ -59,6 +59,7 @@ class BatchMeta:
         for name, dims in _TENSORS.items():
             require_tensor(op, f"meta.{name}", getattr(self, name), f"an int32 {dims}", quant)
         if self.rope is not None:
+            require_kind(op, "meta.rope", self.rope, Rope, quant)
             for name in ("cos", "sin"):
                 table = getattr(self.rope, name)
                 require_tensor(op, f"meta.rope.{name}", table, "a float32 table", quant)

@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from fastkv.dtypes import FLOATS, ITEMSIZE, canonical_float
-from fastkv.errors import LayerIndexError, SpecError
+from fastkv.errors import LayerIndexError, SpecError, unknown_name
 from fastkv.quant import Granularity, QuantSpec, QuantType, quant_spec
 
 if TYPE_CHECKING:
@@ -174,12 +174,12 @@ class CacheSpec:
             SpecError: the rank is outside the group, or neither number divides the other.
         """
         _require_positive("tp_size", tp_size, op="CacheSpec.shard")
-        if not 0 <= tp_rank < tp_size:
+        if not hasattr(tp_rank, "__index__") or not 0 <= tp_rank < tp_size:
             raise SpecError(
                 "CacheSpec.shard",
                 "tp_rank",
-                expected="0 <= tp_rank < tp_size",
-                got=f"rank {tp_rank} of {tp_size}",
+                expected="an integer, 0 <= tp_rank < tp_size",
+                got=f"rank {tp_rank!r} of {tp_size}",
             )
         heads = self.num_kv_heads
         if heads % tp_size == 0:
@@ -212,6 +212,8 @@ class CacheSpec:
         from fastkv import arrays  # the only method that needs an array library
 
         _require_positive("num_pages", num_pages, op="CacheSpec.allocate")
+        if library not in arrays.LIBRARIES:
+            raise unknown_name("CacheSpec.allocate", "library", library, arrays.LIBRARIES)
         return [arrays.zeros(library, t.shape, t.dtype, device) for t in self.tensors(num_pages)]
 
 

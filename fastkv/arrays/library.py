@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class ArrayInfo(NamedTuple):
     """What a contract may know of a tensor: metadata, never values.
 
-    `writeable` is False for read-only memory, and where expanded elements share one place.
+    `writeable` is False for read-only memory, and where two elements share a place.
     """
 
     library: str
@@ -82,9 +82,19 @@ def view(array: Any, info: ArrayInfo, pointer: int, strides: tuple[int, ...]) ->
 
 
 def distinct(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether no axis repeats one element, as `expand` makes it (NumPy calls that read-only)."""
-    repeats = any(n > 1 and stride == 0 for n, stride in zip(shape, strides, strict=True))
-    return 0 in shape or not repeats
+    """Whether each element has a place of its own: no `expand`, no overlapping windows.
+
+    Sufficient, and met by every slice and transpose of dense memory: by growing stride, each axis
+    steps over all that the ones before it reach.
+    """
+    if 0 in shape:
+        return True
+    reach = 0
+    for stride, n in sorted((abs(s), n) for s, n in zip(strides, shape, strict=True) if n > 1):
+        if stride <= reach:
+            return False
+        reach += stride * (n - 1)
+    return True
 
 
 def not_strided(op: str, argument: str, got: str, hint: str) -> UnsupportedError:

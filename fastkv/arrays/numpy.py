@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastkv.arrays.library import ArrayInfo, Library, numpy_dtype
+from fastkv.arrays.library import ArrayInfo, Library, distinct, numpy_dtype
 from fastkv.errors import DtypeError, PlacementError
 
 if TYPE_CHECKING:
@@ -19,7 +19,10 @@ def _dtype_name(dtype: "np.dtype[Any]") -> str:
 
 
 def _describe(array: Any, _: str, __: str) -> ArrayInfo:
-    return ArrayInfo("numpy", "cpu", _dtype_name(array.dtype), array.shape, array.flags.writeable)
+    flags = array.flags
+    apart = flags.c_contiguous or distinct(array.shape, array.strides)
+    name = _dtype_name(array.dtype)
+    return ArrayInfo("numpy", "cpu", name, array.shape, flags.writeable and apart)
 
 
 def _zeros(shape: tuple[int, ...], dtype: str, device: str) -> Any:

@@ -8,6 +8,16 @@ from paddle.utils.dlpack import from_dlpack
 
 from fastkv.arrays.library import ArrayInfo, Library, cuda_index, distinct, not_strided, view
 from fastkv.dtypes import ITEMSIZE
+from fastkv.errors import MissingDependencyError
+
+# PyPI's paddlepaddle-gpu ends at 2.6.2, without float8 and much else; a source build says 0.0.0.
+if (_version := str(paddle.version.full_version)).startswith(("1.", "2.")):
+    raise MissingDependencyError(
+        "A paddle tensor",
+        f"Paddle 3 (found {_version})",
+        "pip install 'paddlepaddle-gpu>=3.0' --extra-index-url "
+        "https://www.paddlepaddle.org.cn/packages/stable/cu126/ (CPU: 'paddlepaddle>=3.3')",
+    )
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,8 +34,9 @@ def _describe(array: Any, op: str, argument: str) -> ArrayInfo:
     dtype = array.dtype
     name = _dtype_names.get(dtype.value) or _name(dtype)
     device = str(array.place)[6:-1].replace("gpu", "cuda")  # "Place(cpu)", "Place(gpu:0)"
-    shape, strides = tuple(array.shape), tuple(array.strides)
-    return ArrayInfo("paddle", device, name, shape, 0 not in strides or distinct(shape, strides))
+    shape = tuple(array.shape)
+    apart = array.is_contiguous() or distinct(shape, tuple(array.strides))
+    return ArrayInfo("paddle", device, name, shape, apart)
 
 
 def _name(dtype: Any) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastkv.arrays.library import ArrayInfo, Library, distinct, not_strided, view
+from fastkv.errors import PlacementError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,11 +29,15 @@ def _describe(array: Any, op: str, argument: str) -> ArrayInfo:
         got = "a lazily negated or conjugated tensor"
         raise not_strided(op, argument, got, "Call resolve_neg() or resolve_conj().")
     device, dtype = _device_name(array.device), _dtype_name(array.dtype)
-    shape, strides = tuple(array.shape), array.stride()
-    return ArrayInfo("torch", device, dtype, shape, 0 not in strides or distinct(shape, strides))
+    shape = tuple(array.shape)
+    apart = array.is_contiguous() or distinct(shape, array.stride())
+    return ArrayInfo("torch", device, dtype, shape, apart)
 
 
 def _zeros(shape: tuple[int, ...], dtype: str, device: str) -> Any:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        expected = "a device that this PyTorch sees"
+        raise PlacementError("zeros", "device", expected=expected, got=device)
     return torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
 
 

@@ -12,13 +12,18 @@ from fastkv.backends.features import BACKENDS, BackendRow, refuse_unserved
 from fastkv.backends.resolve import resolve
 from fastkv.batch import BatchMeta
 from fastkv.cache import LayerCache
-from fastkv.contracts.presence import require_tensor
+from fastkv.contracts.presence import require_kind, require_tensor
 from fastkv.errors import ContractError
 from fastkv.quant import QuantSpec
+from fastkv.spec import CacheSpec
 
 
 class Ops(Protocol):
-    """The ops a backend drives: `fastkv.ops`, or whatever a test puts in their place."""
+    """The ops a backend drives: `fastkv.ops`, or whatever a test puts in their place.
+
+    They may also have `check_step` (see `fastkv.ops.check_step`), which a backend calls before it
+    writes; a recording stand-in needs none.
+    """
 
     def rope_write_kv(self, qkv: Any, cache: LayerCache, **kwargs: Any) -> Any:
         """See `fastkv.ops.rope_write_kv`."""
@@ -184,7 +189,8 @@ class Backend(ABC):
                 lacks; from an op, what its contract refuses.
         """
         op = f"{self.name}.forward_mixed"
-        require_tensor(op, "meta.spec", meta.spec, "a CacheSpec")
+        require_kind(op, "meta", meta, BatchMeta)
+        require_kind(op, "meta.spec", meta.spec, CacheSpec)
         require_tensor(op, "meta.caches", meta.caches, "the engine's list of cache tensors")
         cache = resolve(meta.caches, layer, meta.spec)
         require_tensor(op, "qkv", qkv, "a tensor [T, (Hq + 2*Hkv) * D]", cache.quant)
@@ -192,7 +198,28 @@ class Backend(ABC):
         options = LayerOptions.of(layer)
         options.check(op, cache.quant)
         refuse_unserved(self.row, options.features(meta))
+        self._check_step(op, qkv, cache, options, meta)
         return self._forward(qkv, cache, options, meta)
+
+    def _check_step(
+        self, op: str, qkv: Any, cache: LayerCache, options: LayerOptions, meta: BatchMeta
+    ) -> None:
+        """Let the ops look at what only an op after the write would refuse."""
+        check = getattr(self.ops, "check_step", None)
+        gathers = "gather_kv" in self.row.prefill and meta.num_decode < meta.num_requests
+        sums = meta.cu_seqlens_k if gathers else None
+        if check is None or (options.sinks is meta.mask_offsets is sums is None):
+            return
+        check(
+            op,
+            qkv,
+            cache,
+            **batch_arguments(meta),
+            sinks=options.sinks,
+            mask_offsets=meta.mask_offsets,
+            cu_seqlens_k=sums,
+            num_decode=meta.num_decode,
+        )
 
     @abstractmethod
     def _forward(self, qkv: Any, cache: LayerCache, options: LayerOptions, meta: BatchMeta) -> Any:

@@ -33,8 +33,8 @@ def resolve(caches: Sequence[Any], layer: Any, spec: CacheSpec) -> LayerCache:
     do in a test.
 
     Args:
-        caches: the flat list, `spec.tensors_per_layer` entries a layer: K, V and, for a dynamic
-            format, K scales and V scales.
+        caches: the flat list: of each layer K, V and, where its format is dynamic, K scales and V
+            scales; `spec.num_tensors` in all.
         layer: has `layer_id`, and may have `cache_quant_type_str` (absent means `none`) and, for
             a static format, either `static_scales` (a `StaticScales`) or `cache_k_scale`,
             `cache_k_out_scale`, `cache_v_scale`, `cache_v_out_scale`, `cache_k_zp`, `cache_v_zp`.
@@ -43,8 +43,8 @@ def resolve(caches: Sequence[Any], layer: Any, spec: CacheSpec) -> LayerCache:
     Raises:
         LayerIndexError: `layer_id` is absent, no integer or outside the spec.
         UnknownNameError: a format that nobody knows.
-        SpecMismatchError: the layer's format is not the spec's, or `caches` is not a list of the
-            spec's length.
+        SpecMismatchError: the layer's format is not the spec's, `caches` is not a list of the
+            spec's length, or one tensor stands twice in the layer.
         MissingTensorError: a cache tensor, scale or zero point that the format requires is None.
         SurplusTensorError: scales or zero points on a format without them. The static scale
             attributes on the layer of a dynamic format are legal, since engines create and never
@@ -61,7 +61,23 @@ def resolve(caches: Sequence[Any], layer: Any, spec: CacheSpec) -> LayerCache:
         f"caches[{first + i}], layer {layer_id}'s {n}": t for i, (n, t) in enumerate(found.items())
     }
     require_paged(_OP, at, quant)
+    _require_distinct(at, quant)
     return LayerCache(spec, layer_id, **found, static=_static(layer, quant))
+
+
+def _require_distinct(tensors: dict[str, Any], quant: QuantSpec) -> None:
+    """No tensor stands twice in a layer, as in `[tensor] * 4`; compared by identity alone."""
+    named: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        other = named.setdefault(id(tensor), name)
+        if other != name:
+            raise SpecMismatchError(
+                _OP,
+                name,
+                format=quant.name.value,
+                expected="a tensor of its own",
+                got=f"the very tensor of {other}",
+            )
 
 
 def _layer_id(layer: Any, spec: CacheSpec) -> int:

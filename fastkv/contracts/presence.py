@@ -19,6 +19,21 @@ def require_tensor(
         raise MissingTensorError(op, argument, format=_name(quant), expected=expected, got="None")
 
 
+def require_kind(
+    op: str, argument: str, value: object, kind: type, quant: "QuantSpec | None" = None
+) -> None:
+    """Raise unless a value is there and of a class of fastkv."""
+    require_tensor(op, argument, value, f"a {kind.__name__}", quant)
+    if not isinstance(value, kind):
+        raise DtypeError(
+            op,
+            argument,
+            format=_name(quant),
+            expected=f"a {kind.__name__}",
+            got=type(value).__name__,
+        )
+
+
 def refuse_tensor(op: str, argument: str, tensor: object, why: str, quant: "QuantSpec") -> None:
     """Raise `SurplusTensorError` if a tensor is not None."""
     if tensor is not None:
@@ -68,9 +83,7 @@ def require_static(
 
 def require_cache(op: str, cache: LayerCache) -> "QuantSpec":
     """Check presence of everything a layer's format requires; returns the format."""
-    require_tensor(op, "cache", cache, "a LayerCache")
-    if not isinstance(cache, LayerCache):
-        raise DtypeError(op, "cache", expected="a LayerCache", got=type(cache).__name__)
+    require_kind(op, "cache", cache, LayerCache)
     quant = cache.spec.layer_quant(cache.layer_id, op=op)
     names = ("k", "v", "k_scale", "v_scale")
     require_paged(op, {f"cache.{name}": getattr(cache, name) for name in names}, quant)

@@ -8,7 +8,7 @@ first size it meets and holds every later tensor of the call to it.
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastkv.arrays import ArrayInfo, describe
-from fastkv.errors import DtypeError, PlacementError, ReadOnlyError, ShapeError
+from fastkv.errors import ContractError, DtypeError, PlacementError, ReadOnlyError, ShapeError
 from fastkv.quant import Granularity
 
 if TYPE_CHECKING:
@@ -53,13 +53,21 @@ class Checker:
         self._shape(rule, info)
         if rule.written and not info.writeable:
             raise ReadOnlyError(
-                self.op, rule.name, format=self.format, expected="writeable memory", got="read-only"
+                self.op,
+                rule.name,
+                format=self.format,
+                expected="writeable memory, one place an element",
+                got="memory that is read-only or overlaps itself",
             )
         return info
 
     def typed(self, name: str, dtypes: tuple[str, ...], array: Any) -> ArrayInfo:
         """Check library, device and dtype of a tensor of any shape."""
-        info = describe(array, self.op, name)
+        try:
+            info = describe(array, self.op, name)
+        except ContractError as error:
+            error.format = self.format
+            raise
         self._place(name, info)
         if info.dtype not in dtypes:
             raise DtypeError(
@@ -98,9 +106,9 @@ class Checker:
         if len(info.shape) != len(rule.dims):
             raise self._wrong_shape(rule, info)
         for symbol, size in zip(rule.dims, info.shape, strict=True):
-            name, _, plus = symbol.partition("+")
-            wanted = self.sizes.setdefault(name, size - int(plus or 0))
-            if wanted + int(plus or 0) != size or wanted < 0:
+            name, plus = _split(symbol)
+            wanted = self.sizes.setdefault(name, size - plus)
+            if wanted + plus != size or wanted < 0:
                 raise self._wrong_shape(rule, info)
 
     def _wrong_shape(self, rule: Rule, info: ArrayInfo) -> ShapeError:
@@ -115,10 +123,16 @@ class Checker:
     def _spell(self, dims: tuple[str, ...]) -> str:
         known = []
         for symbol in dims:
-            name, _, plus = symbol.partition("+")
+            name, plus = _split(symbol)
             size = self.sizes.get(name, -1)
-            known.append("?" if size < 0 else str(size + int(plus or 0)))
+            known.append("?" if size < 0 else str(size + plus))
         return f"[{', '.join(dims)}] = [{', '.join(known)}]"
+
+
+def _split(symbol: str) -> tuple[str, int]:
+    """`B+1` is one more than B."""
+    name = symbol.removesuffix("+1")
+    return name, int(name != symbol)
 
 
 def check_cache(checker: Checker, cache: "LayerCache", *, written: bool) -> None:

@@ -11,8 +11,10 @@ from fastkv.ops.masked_attention import masked_attention
 from fastkv.ops.merge_states import merge_states
 from fastkv.ops.paged_attention import paged_attention
 from fastkv.ops.rope_write_kv import rope_write_kv
+from fastkv.ops.step import check_step
 
 __all__ = [
+    "check_step",
     "copy_pages",
     "gather_kv",
     "masked_attention",

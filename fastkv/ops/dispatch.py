@@ -44,6 +44,15 @@ def zeros_beside(like: Any, shape: tuple[int, ...]) -> Any:
     return arrays.zeros_like(info, shape, info.dtype)
 
 
+def check_values(checker: "Checker", *args: Any) -> None:
+    """Check the values of a step where reading them costs no synchronization: on the CPU."""
+    assert checker.first is not None, "a contract describes at least one tensor"
+    if checker.first.device == "cpu":
+        from fastkv.ops.reference.values import check_step
+
+        check_step(checker.op, checker.sizes["T"], *map(_host, args))
+
+
 def implementation(op: str, device: str) -> Callable[..., None]:
     """The code that runs an op on a device; raises `UnsupportedError` where there is none."""
     if device == "cpu":
@@ -56,7 +65,7 @@ def implementation(op: str, device: str) -> Callable[..., None]:
         "device",
         expected="cpu: this version has no CUDA kernels",
         got=device,
-        hint="A CUDA tensor never runs on the reference; move the tensors yourself to run there.",
+        hint="A tensor elsewhere never runs on the reference; move it yourself to run there.",
     )
 
 

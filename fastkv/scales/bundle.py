@@ -123,7 +123,8 @@ class StaticScales:
         """Symmetric multipliers from observed maxima: `quant = bound / amax`, `dequant = 1/quant`.
 
         Args:
-            k_amax: largest |K| seen, `[Hkv]` or `[Hkv, D]`, on the CPU, any library.
+            k_amax: largest |K| seen, `[Hkv]` or `[Hkv, D]`, on the CPU, any library; reduced to
+                heads for a format that has no scales per channel.
             v_amax: as `k_amax`, for V.
             quant: a static format without zero points.
 

@@ -76,6 +76,8 @@ def _symmetric(amax: Any, row: QuantSpec) -> "tuple[F32, F32]":
     assert row.bound is not None, "a static format has a bound"
     observed = _float32(amax)
     _require("from_amax", "amax", np.isfinite(observed) & (observed >= 0), "finite and >= 0")
+    if observed.ndim == 2 and Granularity.CHANNEL not in row.granularities:
+        observed = observed.max(axis=-1)
     top = np.maximum(observed, _SMALLEST_RANGE)
     bound = np.float32(row.bound)
     return _float32(bound / top), _float32(top / bound)

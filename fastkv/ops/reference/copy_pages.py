@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def copy_pages(cache: LayerCache, src: "NDArray[np.int32]", dst: "NDArray[np.int32]") -> None:
     """Copy page `src[i]` to page `dst[i]` in every tensor of the layer."""
     check = Values("copy_pages", cache)
+    check.apart(cache)
     num_pages = len(cache.k)
     for name, ids in (("src", src), ("dst", dst)):
         if (bad := (ids < -1) | (ids >= num_pages)).any():

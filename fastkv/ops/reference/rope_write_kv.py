@@ -39,15 +39,17 @@ def rope_write_kv(
 
     Rows of nobody stay as they are; `q`, `k` and `v` come zero-filled.
     """
-    _check(qkv, cache, cu_seqlens_q, cache_seqlens, block_table, rope, out_k, cu_seqlens_k)
+    check = Values("rope_write_kv", cache)
+    _check(check, qkv, cache, cu_seqlens_q, cache_seqlens, block_table, rope, out_k, cu_seqlens_k)
     requests, positions, rows = _tokens(cu_seqlens_q, cache_seqlens)
+    pages, slots = places(block_table, requests, positions, cache.spec.page_size)
+    check.one_writer(pages, slots, requests, cache.spec.page_size)
     q_heads, k_heads, v_heads = _split(qkv[rows], cache)
     with np.errstate(all="ignore"):  # NaN and inf are values like others here
         angles = None if rope is None else (rope, positions)
         rotated_q = _norm_and_rotate(q_heads, angles, q_norm_weight, norm_eps, norm_after_rope)
         rotated_k = _norm_and_rotate(k_heads, angles, k_norm_weight, norm_eps, norm_after_rope)
         q[rows] = rotated_q
-        pages, slots = places(block_table, requests, positions, cache.spec.page_size)
         for side, x, returned in (("k", rotated_k, k), ("v", v_heads, v)):
             Paged.of(cache, side).write(x, pages, slots)
             if returned is not None:
@@ -60,6 +62,7 @@ def rope_write_kv(
 
 
 def _check(
+    check: Values,
     qkv: "NDArray[Any]",
     cache: LayerCache,
     cu_seqlens_q: "NDArray[np.int32]",
@@ -70,7 +73,7 @@ def _check(
     cu_seqlens_k: "NDArray[np.int32] | None",
 ) -> None:
     """Check every value before anything is written."""
-    check = Values("rope_write_kv", cache)
+    check.apart(cache)
     page_size = cache.spec.page_size
     new = check.running_sum("cu_seqlens_q", cu_seqlens_q, len(qkv))
     lengths = check.lengths(cache_seqlens, new, block_table, page_size)

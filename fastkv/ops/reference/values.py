@@ -57,14 +57,14 @@ class Values:
     ) -> "NDArray[np.int64]":
         """Check cached and new tokens against the block table; returns their sum `[B]`."""
         cached: NDArray[np.int64] = cache_seqlens.astype(np.int64)
-        room = block_table.shape[1] * page_size
-        bad = (cached < 0) | (cached + new > room)
+        columns = block_table.shape[1]
+        bad = (cached < 0) | (cached + new > columns * page_size)
         if bad.any():
             b = int(np.argmax(bad))
             raise self.fault(
                 f"cache_seqlens[{b}] of request {b}",
-                f"0 to {room - int(np.broadcast_to(new, cached.shape)[b])} cached tokens "
-                f"(block_table has {block_table.shape[1]} pages of {page_size} a request)",
+                f"at least 0, and with {np.broadcast_to(new, cached.shape)[b]} new tokens at most "
+                f"{columns * page_size} ({columns} pages of {page_size} in block_table)",
                 cached[b],
             )
         return cached + new.astype(np.int64)
@@ -89,6 +89,37 @@ class Values:
                 f"-1 to {num_pages - 1}",
                 block_table[b, m],
             )
+
+    def one_writer(
+        self, pages: "NDArray[Any]", slots: "NDArray[Any]", requests: "NDArray[Any]", size: int
+    ) -> None:
+        """Check that no two new tokens go to one place; each is (page, slot) of a request."""
+        kept = np.flatnonzero(pages >= 0)
+        place = pages[kept].astype(np.int64) * size + slots[kept]
+        _, first, counts = np.unique(place, return_index=True, return_counts=True)
+        if (counts > 1).any():
+            shared = place[first[counts > 1][0]]
+            owners = requests[kept[place == shared]]
+            raise self.fault(
+                f"block_table of requests {owners[0]} and {owners[1]}",
+                "each new token a place of its own",
+                f"page {shared // size}, slot {shared % size} twice",
+            )
+
+    def apart(self, cache: LayerCache) -> None:
+        """Check that the tensors to write do not begin at one address."""
+        tensors = {n: getattr(cache, n) for n in ("k", "v", "k_scale", "v_scale")}
+        starts: dict[int, str] = {}
+        for name, tensor in tensors.items():
+            if tensor is None or not tensor.size:
+                continue
+            other = starts.setdefault(tensor.ctypes.data, name)
+            if other != name:
+                raise self.fault(
+                    f"cache.{name}",
+                    f"memory of its own, apart from cache.{other}'s",
+                    "the same memory",
+                )
 
     def segments(
         self,
@@ -134,3 +165,32 @@ class Values:
                 f"0 <= start <= end <= {lengths[owners[i]]} keys",
                 f"[{start[i]}, {end[i]})",
             )
+
+
+def check_step(
+    op: str,
+    rows: int,
+    cache: LayerCache,
+    cu_seqlens_q: "NDArray[np.int32]",
+    cache_seqlens: "NDArray[np.int32]",
+    block_table: "NDArray[np.int32]",
+    mask_offsets: "NDArray[np.int32] | None",
+    cu_seqlens_k: "NDArray[np.int32] | None",
+    num_decode: int,
+) -> None:
+    """The values that `fastkv.ops.check_step` is about."""
+    check = Values(op, cache)
+    new = check.running_sum("cu_seqlens_q", cu_seqlens_q, rows)
+    lengths = check.lengths(cache_seqlens, new, block_table, cache.spec.page_size)
+    check.intervals(mask_offsets, cu_seqlens_q, lengths)
+    if cu_seqlens_k is None:
+        return
+    needs = (new > 0) & (np.arange(len(new)) >= num_decode)
+    bad = needs & (np.diff(cu_seqlens_k) == 0)
+    if bad.any():
+        b = int(np.argmax(bad))
+        raise check.fault(
+            f"cu_seqlens_k[{b + 1}] of request {b}",
+            f"a segment of {lengths[b]} rows for a prefill request",
+            0,
+        )

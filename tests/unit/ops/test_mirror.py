@@ -37,9 +37,9 @@ def modules(package):
 
 
 def test_an_op_has_the_same_name_in_every_place():
-    assert modules("fastkv.ops") - {"__init__", "dispatch"} == set(OPS)
+    assert modules("fastkv.ops") - {"__init__", "dispatch", "step"} == set(OPS)
     assert modules("fastkv.ops.reference") - SHARED == set(OPS)
-    assert set(ops.__all__) - {"zeros_beside"} == set(OPS)
+    assert set(ops.__all__) - {"zeros_beside", "check_step"} == set(OPS)
 
 
 @pytest.mark.parametrize("op", OPS)
