@@ -3,9 +3,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
+from fastkv.contracts.numbers import is_integer
 from fastkv.contracts.presence import require_kind, require_tensor
 from fastkv.errors import ContractError, ShapeError
 from fastkv.quant import QuantSpec
@@ -89,13 +89,12 @@ def _require_integer(
     op: str, argument: str, value: Any, most: int | None, quant: QuantSpec
 ) -> None:
     """An integer of the host, at least 0; to compare a device's scalar would read it back."""
-    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-    if is_integer and value >= 0 and (most is None or value <= most):
+    if is_integer(value) and value >= 0 and (most is None or value <= most):
         return
     raise ContractError(
         op,
         argument,
         format=quant.name.value,
         expected="a host integer of at least 0" if most is None else f"a host integer, 0 to {most}",
-        got=repr(value) if is_integer else type(value).__name__,
+        got=repr(value) if is_integer(value) else type(value).__name__,
     )

@@ -4,14 +4,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf, isfinite
-from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol
 
 from fastkv.backends.features import BACKENDS, BackendRow, refuse_unserved
 from fastkv.backends.resolve import resolve
 from fastkv.batch import BatchMeta
 from fastkv.cache import LayerCache
+from fastkv.contracts.numbers import is_finite, is_integer, is_number
 from fastkv.contracts.presence import require_kind, require_tensor
 from fastkv.errors import ContractError
 from fastkv.quant import QuantSpec
@@ -72,7 +71,7 @@ class LayerOptions:
         """The options of a layer."""
         found = {field: getattr(layer, name, None) for field, name in _ATTRIBUTES.items()}
         for field in ("window", "soft_cap"):
-            if _is_number(found[field]) and found[field] == 0:
+            if is_number(found[field]) and found[field] == 0:
                 found[field] = None
         return cls(**{field: value for field, value in found.items() if value is not None})
 
@@ -86,7 +85,7 @@ class LayerOptions:
                     f"layer.{_ATTRIBUTES[field]}",
                     format=quant.name.value,
                     expected=f"None or {expected}",
-                    got=repr(value) if _is_number(value) else type(value).__name__,
+                    got=repr(value) if is_number(value) else type(value).__name__,
                 )
 
     def write_arguments(self) -> dict[str, Any]:
@@ -112,21 +111,12 @@ class LayerOptions:
         return used
 
 
-def _is_number(value: object) -> bool:
-    """A number of the host: what an array library calls a scalar may live on a device."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and _is_number(value) and int(value) >= 1
-
-
 # Fields of `LayerOptions` that are numbers -> test, and what it asks for.
 _NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "window": (_is_count, "an integer of at least 0"),
-    "soft_cap": (lambda x: _is_number(x) and 0 < x < inf, "a finite number of at least 0"),
-    "scale": (lambda x: _is_number(x) and isfinite(x), "a finite number"),
-    "norm_eps": (lambda x: _is_number(x) and 0 <= x < inf, "a finite number of at least 0"),
+    "window": (lambda x: is_integer(x) and x >= 1, "an integer of at least 0"),
+    "soft_cap": (lambda x: is_finite(x) and x > 0, "a finite number of at least 0"),
+    "scale": (is_finite, "a finite number"),
+    "norm_eps": (lambda x: is_finite(x) and x >= 0, "a finite number of at least 0"),
 }
 
 # Field of `LayerOptions` -> the layer's attribute.

@@ -2,5 +2,5 @@
 """What bad input gets: the checks that need no values and no array library.
 
 `presence` says which tensors a format requires and refuses; `tensors` compares shapes, dtypes,
-libraries and devices; `calls` holds one contract per op.
+libraries and devices; `numbers` tells host numbers from others; `calls` holds one contract per op.
 """

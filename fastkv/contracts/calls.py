@@ -5,10 +5,9 @@ Each function raises before anything is launched or written, and returns the che
 the call's sizes, library and device.
 """
 
-from math import isfinite
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
+from fastkv.contracts.numbers import is_finite, is_integer
 from fastkv.contracts.presence import require_cache, require_tensor
 from fastkv.contracts.tensors import F32, FLOAT, INT32, Checker, Rule, check_cache
 from fastkv.errors import ContractError, DtypeError, MissingTensorError, ShapeError
@@ -58,7 +57,7 @@ def rope_write_kv(
         _check_rope(checker, rope, quant)
     checker.optional(Rule("q_norm_weight", ("D",), FLOAT), q_norm_weight)
     checker.optional(Rule("k_norm_weight", ("D",), FLOAT), k_norm_weight)
-    if not _is_number(norm_eps) or norm_eps < 0:
+    if not is_finite(norm_eps) or norm_eps < 0:
         raise _wrong_number(checker, "norm_eps", "a finite number of at least 0", norm_eps)
     _check_contiguous_out(checker, out_k, out_v, cu_seqlens_k)
     return checker
@@ -277,22 +276,12 @@ def _check_query(checker: Checker, q: Any, mask_offsets: Any, sinks: Any, out: A
 def _check_softmax(
     checker: Checker, scale: float | None, window: int | None, soft_cap: float | None
 ) -> None:
-    if scale is not None and not _is_number(scale):
+    if scale is not None and not is_finite(scale):
         raise _wrong_number(checker, "scale", "None or a finite number", scale)
-    if window is not None and not (_is_integer(window) and window >= 1):
+    if window is not None and not (is_integer(window) and window >= 1):
         raise _wrong_number(checker, "window", "None or an integer of at least 1", window)
-    if soft_cap is not None and not (_is_number(soft_cap) and soft_cap > 0):
+    if soft_cap is not None and not (is_finite(soft_cap) and soft_cap > 0):
         raise _wrong_number(checker, "soft_cap", "None or a finite number above 0", soft_cap)
-
-
-def _is_number(value: object) -> bool:
-    """Whether a host number, NumPy's included, is finite."""
-    is_real = isinstance(value, Real) and not isinstance(value, bool)
-    return is_real and isfinite(value)  # type: ignore[arg-type] # a Real, by the line above
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _wrong_number(checker: Checker, name: str, expected: str, value: object) -> ContractError:
