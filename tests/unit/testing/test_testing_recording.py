@@ -23,7 +23,8 @@ BATCH = {"cu_seqlens_q": object(), "cache_seqlens": object(), "block_table": obj
 
 
 def test_every_op_is_recorded():
-    assert set(fastkv.ops.__all__) == {
+    # A check computes nothing: backends call it where the ops have it, and a record needs none.
+    assert set(fastkv.ops.__all__) - {"check_step"} == {
         name for name in dir(RecordingOps) if name[0] != "_" and hasattr(fastkv.ops, name)
     }
 
