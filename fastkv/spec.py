@@ -7,6 +7,7 @@ from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from fastkv.contracts.numbers import is_integer
 from fastkv.dtypes import FLOATS, ITEMSIZE, canonical_float
 from fastkv.errors import LayerIndexError, SpecError, unknown_name
 from fastkv.quant import Granularity, QuantSpec, QuantType, quant_spec
@@ -60,6 +61,7 @@ class CacheSpec:
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim", "page_size"):
             _require_positive(name, getattr(self, name))
+            object.__setattr__(self, name, int(getattr(self, name)))  # NumPy's integers too
         for name in ("dtype", "scale_dtype"):
             object.__setattr__(self, name, _require_float(name, getattr(self, name)))
         rows = _layer_rows(self.quant, self.num_layers)
@@ -80,8 +82,7 @@ class CacheSpec:
 
     def layer_quant(self, layer_id: object, *, op: str = "CacheSpec.layer_quant") -> QuantSpec:
         """The format of a layer; raises `LayerIndexError` outside `0 .. num_layers - 1`."""
-        is_bool = isinstance(layer_id, bool)
-        if is_bool or not isinstance(layer_id, int) or not 0 <= layer_id < self.num_layers:
+        if not is_integer(layer_id) or not 0 <= layer_id < self.num_layers:
             raise LayerIndexError(
                 op, "layer_id", expected=f"0 to {self.num_layers - 1}", got=repr(layer_id)
             )
@@ -218,7 +219,7 @@ class CacheSpec:
 
 
 def _require_positive(name: str, value: object, op: str = "CacheSpec") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_integer(value) or value < 1:
         raise SpecError(op, name, expected="an integer of at least 1", got=repr(value))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastkv.cache import LayerCache
+from fastkv.contracts.numbers import is_integer
 from fastkv.contracts.presence import refuse_tensor, require_paged, require_static, require_tensor
 from fastkv.errors import DtypeError, LayerIndexError, SpecMismatchError
 from fastkv.quant import QuantSpec, QuantType, quant_spec
@@ -82,15 +83,14 @@ def _require_distinct(tensors: dict[str, Any], quant: QuantSpec) -> None:
 
 def _layer_id(layer: Any, spec: CacheSpec) -> int:
     layer_id = getattr(layer, "layer_id", None)
-    is_bool = isinstance(layer_id, bool)
-    if is_bool or not isinstance(layer_id, int) or not 0 <= layer_id < spec.num_layers:
+    if not is_integer(layer_id) or not 0 <= layer_id < spec.num_layers:
         raise LayerIndexError(
             _OP,
             "layer.layer_id",
             expected=f"an integer, 0 to {spec.num_layers - 1}",
             got=repr(layer_id) if hasattr(layer, "layer_id") else "no such attribute",
         )
-    return layer_id
+    return int(layer_id)
 
 
 def _require_list(caches: object, spec: CacheSpec, quant: QuantSpec) -> None:

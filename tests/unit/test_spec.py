@@ -5,6 +5,7 @@ import math
 import pickle
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -440,3 +441,16 @@ def test_granularities_that_a_format_lacks_are_refused(fmt, granularity):
         error = caught.value
         assert isinstance(error, ContractError)
         assert (error.argument, error.format, error.got) == ("granularity", fmt, granularity)
+
+
+def test_numpys_integers_are_integers():
+    made = CacheSpec(np.int64(2), np.int32(4), np.int64(8), np.uint8(16), "block_wise_fp8")
+    assert made == CacheSpec(2, 4, 8, 16, "block_wise_fp8")
+    assert type(made.num_layers) is int
+    assert made.first_index(np.int64(1)) == 4
+    view = resolve(
+        [object() for _ in range(8)],
+        SimpleNamespace(layer_id=np.int64(1), cache_quant_type_str="block_wise_fp8"),
+        made,
+    )
+    assert type(view.layer_id) is int
