@@ -8,7 +8,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastkv import __version__
-from fastkv.cli.output import console, progress_console, require_folder, table, write_json
+from fastkv.cli.output import JsonFile, console, progress_console, require_folder, table, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 
 def demo(
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write rows as JSON; - is standard output."),
-    ] = None,
+    json_file: JsonFile = None,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE", help="Draw error against bytes per token (PNG)."),

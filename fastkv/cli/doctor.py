@@ -6,7 +6,7 @@ import platform
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -14,7 +14,7 @@ from fastkv import __version__
 from fastkv.backends import ENVIRONMENT_VARIABLE, name_from_environment
 from fastkv.backends.kernels import Device
 from fastkv.cli.devices import found_devices
-from fastkv.cli.output import console, table, write_json
+from fastkv.cli.output import JsonFile, console, table, write_json
 from fastkv.cli.select import outcome
 from fastkv.errors import UnknownNameError
 from fastkv.quant import QUANT_SPECS
@@ -39,10 +39,7 @@ _PACKAGES = {
 
 
 def doctor(
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write as JSON; - is standard output."),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Show what is installed, what would run here, and why.
 

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastkv import __version__
 from fastkv.backends import BACKEND_NAMES
-from fastkv.cli.output import console, progress_console, require_folder, table, write_json
+from fastkv.cli.output import JsonFile, console, progress_console, require_folder, table, write_json
 from fastkv.errors import ContractError, unknown_name
 from fastkv.quant import QUANT_SPECS, Granularity, QuantSpec, quant_spec
 
@@ -48,10 +48,7 @@ def evaluate(
     ] = "append",
     dtype: Annotated[str, typer.Option(help="What `none` stores.")] = "float32",
     chunk: Annotated[int, typer.Option(min=1, help="Tokens a step.")] = 256,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write rows as JSON; - is standard output."),
-    ] = None,
+    json_file: JsonFile = None,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE", help="Draw KL against bytes per token (PNG)."),

@@ -5,13 +5,20 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 _PIPED_WIDTH = 110
+
+#: The option of every command that a program may read.
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write as JSON; - is standard output."),
+]
 
 
 def console() -> Console:

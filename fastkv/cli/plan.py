@@ -13,7 +13,7 @@ import typer
 
 from fastkv import __version__
 from fastkv import plan as capacity
-from fastkv.cli.output import console, require_folder, table, write_json
+from fastkv.cli.output import JsonFile, console, require_folder, table, write_json
 from fastkv.dtypes import ITEMSIZE, canonical_float
 from fastkv.engine_config import MAX_LAYERS, ModelConfig, read_config
 from fastkv.errors import SpecError
@@ -70,10 +70,7 @@ def plan(
     windowed: Annotated[
         bool, typer.Option("--windowed", help="Sliding layers hold only their window's pages.")
     ] = False,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write rows as JSON; - is standard output."),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Count how many tokens and requests fit in a GPU's memory, in each format.
 

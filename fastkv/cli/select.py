@@ -2,14 +2,13 @@
 """`fastkv select`."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastkv.backends import FEATURES, name_from_environment, select_backend
 from fastkv.backends.kernels import Device
-from fastkv.cli.output import console, table, write_json
+from fastkv.cli.output import JsonFile, console, table, write_json
 from fastkv.errors import SelectionError
 from fastkv.spec import CacheSpec
 
@@ -32,10 +31,7 @@ def select(
     head_dim: Annotated[int, typer.Option(help="D.")] = 128,
     page_size: Annotated[int, typer.Option(help="P.")] = 64,
     dtype: Annotated[str, typer.Option(help="What `none` stores.")] = "bfloat16",
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write as JSON; - is standard output."),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Show which backend and kernels would serve a request, and why not the others.
 

@@ -81,14 +81,14 @@ def _tried(
         ops = RecordingOps()
         try:
             result = make_backend(ops).forward_mixed(case.qkv, case.layer, case.meta)
-        except Exception as error:
+        except Exception as error:  # a backend under test may raise anything: a finding, not ours
             return _raised(case, error), error
         return _driven_faults(case, ops, result), None
     if run is None or make_backend is not None:
         raise TypeError("conformance: expected either make_backend or run")
     try:
         calls = tuple(run(case))
-    except Exception as error:
+    except Exception as error:  # as above
         return _raised(case, error), error
     return _judged(case, calls, driven=False, merged=False), None
 
