@@ -10,16 +10,15 @@
 // A row's result depends on its request alone, bit for bit: keys fall into chunks at multiples of
 // C(L), tiles into warps by position, and states fold in one order (schedule.cuh, fold.cuh).
 #include "common/grid.cuh"
-#include "paged/rows.cuh"
 #include "paged/tile.cuh"
 
 // The chunk's states of the four warps, to one; folded into the group's (`fold`), or to `to`.
-__device__ __forceinline__ void finish_chunk(const WarpState& w, Shared& sh, const Item& item,
-                                             bool first, int& turn, float* to) {
+__device__ __forceinline__ void finish_chunk(const WarpState& w, Shared& sh, bool first, int& turn,
+                                             float* to) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
-    const int rows = min(item.rows - 8 * c, 8);
+    const int rows = min(sh.item.rows - 8 * c, 8);
     if (rows <= 0) break;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -62,89 +61,55 @@ __device__ __forceinline__ void finish_chunk(const WarpState& w, Shared& sh, con
   turn = 1 - turn;
 }
 
-// Chunks [begin, end) of an item: this block's share of it.
-__device__ void attend(const Params& p, Shared& sh, const Share& s, const Request& r,
-                       const Item& item, int begin, int end) {
-  const Bounds see = find_bounds(p, sh, r, item);
-  for (int c = threadIdx.x / 32; c < kColumns; c += kWarps) load_query(p, sh, r, item, c);
+// Chunks [begin, end) of the item: this block's share of it.
+__device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, int end) {
+  const Bounds see = find_bounds(p, sh);
+  for (int c = threadIdx.x / 32; c < kColumns; c += kWarps) load_query(p, sh, c);
   __syncthreads();
   const Query query(sh);
-  const int from = (r.chunk_first + begin) * r.chunk, until = (r.chunk_first + end) * r.chunk;
-  const int low = max(see.low, from), high = max(min(see.high, until), low);
+  const int chunk_tokens = sh.request.chunk, first = sh.request.chunk_first;
+  const int low = max(see.low, (first + begin) * chunk_tokens);
+  const int high = max(min(see.high, (first + end) * chunk_tokens), low);
   u8* stages = reinterpret_cast<u8*>(&sh) + kSharedBytes;
   stages += threadIdx.x / 32 * (kStages * kStageBytes);
-  Stream stream(p, sh, r.index, item.head, low, high, shared_address(stages));
+  Stream stream(p, sh, low, high, shared_address(stages));
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) stream.issue();
 
   int tile = 0, turn = 0;
   [[maybe_unused]] float k_scale = 0.f, v_scale = 0.f;
-  const auto fetch_scales = [&](int at, float& k, float& v) {
-    k = stream.token_scale(p.k_scale, p.k_scale_page, p.k_scale_head, p.k_scale_slot, at);
-    v = stream.token_scale(p.v_scale, p.v_scale_page, p.v_scale_head, p.v_scale_slot, at);
-  };
   if constexpr (kPagedScales) {
     __syncwarp();
-    fetch_scales(0, k_scale, v_scale);
+    stream.fetch_scales(0, k_scale, v_scale);
   }
   WarpState w;
   for (int chunk = begin; chunk < end; ++chunk) {
     w.clear();
-    const int stop = (r.chunk_first + chunk + 1) * r.chunk;
+    const int stop = (first + chunk + 1) * chunk_tokens;
     for (; tile < stream.tiles && stream.token(tile) < stop; ++tile) {
       stream.wait();
       stream.issue();
       [[maybe_unused]] float next_k = 0.f, next_v = 0.f;
       if constexpr (kPagedScales) {
         __syncwarp();
-        fetch_scales(tile + 1, next_k, next_v);
+        stream.fetch_scales(tile + 1, next_k, next_v);
       }
-      TileMask mask;
-      mask.token = stream.token(tile);
-      mask.clean = mask.token >= see.clean_low && mask.token + kTile <= see.clean_high;
-#pragma unroll
-      for (int i = 0; i < F::kBlocks; ++i) {
-        mask.there[i] = stream.page(tile, i) >= 0;
-        mask.clean = mask.clean && mask.there[i];
-      }
-      const u32 k_tile = stream.stage(tile), v_tile = k_tile + kTileBytes;
-      Scores scores = {};
-      multiply_keys(scores, query, k_tile);
-      finish_scores(scores, p, sh, mask, k_scale);
-      Weights weights;
-      soften(w, scores, weights, v_scale);
-      if (F::kMayBeNotFinite && !mask.clean && any_not_finite(v_tile)) {
-        add_values_by_row(w, weights, v_tile, sh, mask.token);
-      } else {
-        add_values(w, weights, v_tile);
-      }
+      attend_tile(w, p, sh, query, stream, see, tile, k_scale, v_scale);
       if constexpr (kPagedScales) k_scale = next_k, v_scale = next_v;
     }
     const int group = chunk / kGroup, group_begin = max(group * kGroup, begin);
-    const int group_end = min((group + 1) * kGroup, item.chunks);
+    const int group_end = min((group + 1) * kGroup, sh.item.chunks);
     const bool folds = group_begin == group * kGroup;
     float* to = folds ? nullptr : state_at(p, blockIdx.x, chunk - group_begin);
-    finish_chunk(w, sh, item, chunk == group_begin, turn, to);
-    if (chunk + 1 != min(group_end, end)) continue;
-    const auto give = [&](const auto& emit) {
-      for (int i = threadIdx.x; i < item.rows * kVectors; i += kThreads) {
-        const int row = i / kVectors, vector = i % kVectors;
-        emit(row, vector, *reinterpret_cast<const float4*>(&sh.sum[row][4 * vector]),
-             sh.row[turn][row]);
-      }
-    };
+    finish_chunk(w, sh, chunk == group_begin, turn, to);
+    if (chunk + 1 < min(group_end, end)) continue;
     if (folds && chunk + 1 == group_end) {
-      finish_group(p, sh, s, r, item, group, give);
-      continue;
+      put_sum(p, sh, turn, group_target(p, sh, group));
+      finish_group(p, sh, group);
+    } else {
+      if (folds) put_sum(p, sh, turn, state_at(p, blockIdx.x, kPrefixSlot));
+      finish_part(p, sh, group, chunk + 1 - group_begin);
     }
-    if (folds) {
-      float* prefix = state_at(p, blockIdx.x, kPrefixSlot);
-      give([&](int row, int vector, float4 sum, const RowState& state) {
-        __stcg(reinterpret_cast<float4*>(prefix + row * kD + 4 * vector), sum);
-        if (vector == 0) store_row(prefix, row, state);
-      });
-    }
-    finish_part(p, sh, s, r, item, group, chunk + 1 - group_begin);
   }
   wait_copies<0>();
   __syncthreads();  // the next item writes what this one read
@@ -152,10 +117,10 @@ __device__ void attend(const Params& p, Shared& sh, const Share& s, const Reques
 
 // Rows of nobody: behind the last request 0 and -inf; before the first one too, in a new output.
 __device__ __forceinline__ void clear_rows(const Params& p) {
-  const int begin = min(max(p.cu_seqlens_q[0], 0), p.T);
-  const int end = min(max(p.cu_seqlens_q[p.B], begin), p.T);
-  const int before = p.fresh ? begin : 0, heads = p.Hkv * p.G;
-  const i64 count = i64(before + p.T - end) * heads * kVectors;
+  const int begin = min(max(p.cu_seqlens_q[0], 0), p.tokens);
+  const int end = min(max(p.cu_seqlens_q[p.table.requests], begin), p.tokens);
+  const int before = p.fresh ? begin : 0, heads = p.kv_heads * p.group;
+  const i64 count = i64(before + p.tokens - end) * heads * kVectors;
   for (i64 i = blockIdx.x * kThreads + threadIdx.x; i < count; i += i64(gridDim.x) * kThreads) {
     const int vector = i % kVectors, head = i / kVectors % heads;
     int token = int(i / kVectors / heads);
@@ -174,24 +139,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, FASTKV_BLOCKS)
   wait_for_previous_kernel();
   let_next_kernel_start();
   clear_rows(p);
-  const Share s = find_share(p, sh.scratch);
-  if (s.start >= s.end) return;
-  Request r = read_request(p, s.request);
-  for (u32 at = s.start, base = s.request_at; at < s.end;) {
-    while (at >= base + r.work) {
-      base += r.work;
-      r = read_request(p, r.index + 1);
-    }
-    const u32 local = at - base, place = local / r.chunks;
-    Item item;
-    item.head = place % p.Hkv;
-    item.row = int(place / p.Hkv) * kRows;
-    item.rows = min(r.rows - item.row, kRows);
-    item.chunks = r.chunks;
-    item.at = base + place * r.chunks;
-    const int begin = int(local - place * r.chunks);
-    const int end = int(min(u32(r.chunks), begin + (s.end - at)));
-    attend(p, sh, s, r, item, begin, end);
+  find_share(p, sh);
+  for (u32 at = sh.share.start; at < sh.share.end;) {
+    if (threadIdx.x == 0) sh.item = find_item(p, sh.share, sh.request, at);
+    __syncthreads();
+    const int begin = int(at - sh.item.at);
+    const int end = min(sh.item.chunks, begin + int(sh.share.end - at));
+    attend(p, sh, begin, end);
     at += end - begin;
   }
 }

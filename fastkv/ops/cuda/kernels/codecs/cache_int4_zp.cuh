@@ -4,8 +4,10 @@
 #pragma once
 
 #include "common/multipliers.cuh"
+#include "fragments/four_bit.cuh"
 
 struct Codec {
+  template <int D> using Fragments = FourBit<D>;
   static constexpr int kBits = 4;
   static constexpr Scales kScales = Scales::kStatic;
   static constexpr bool kZeroPoint = true;

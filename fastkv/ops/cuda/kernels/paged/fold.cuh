@@ -10,24 +10,12 @@
 // folded beginning of a group that ends after it, then the groups of the item that began before its
 // share, then those of its current item.
 #pragma once
-#include "paged/schedule.cuh"
 #include "paged/shared.cuh"
 
 constexpr int kStateFloats = kRows * kD + 3 * kRows;
 constexpr int kPrefixSlot = kGroup - 1;
 constexpr int kEarlierGroups = kGroup;
-constexpr int kCurrentGroups = kEarlierGroups + kMaxGroups;
-constexpr int kSlots = kCurrentGroups + kMaxGroups;
 constexpr int kVectors = kD / 4;  // of a row
-
-// One (request, row tile, KV head), and where it stands.
-struct Item {
-  int head;
-  int row;        // first row of its tile, within the request
-  int rows;       // of the tile, at most kRows
-  u32 at;         // its chunk 0 in the launch's order
-  int chunks;
-};
 
 __device__ __forceinline__ float weight(float m, float total) {
   return m == MINUS_INFINITY ? 0.f : exp2_fast(m - total);
@@ -57,7 +45,7 @@ __device__ __forceinline__ float4 fold_sums(float4 x, float a, float4 y, float b
 }
 
 __device__ __forceinline__ float* state_at(const Params& p, u32 block, int slot) {
-  return p.states + (i64(block) * kSlots + slot) * kStateFloats;
+  return p.states + (i64(block) * (kGroup + 2 * p.max_groups) + slot) * kStateFloats;
 }
 
 __device__ __forceinline__ void store_row(float* state, int row, const RowState& x) {
@@ -76,7 +64,7 @@ __device__ __forceinline__ float* group_state(const Params& p, const Share& s, c
                                               int group) {
   const u32 block = s.owner(item.at + group * kGroup);
   const bool current = item.at >= s.start_of(block);
-  return state_at(p, block, (current ? kCurrentGroups : kEarlierGroups) + group);
+  return state_at(p, block, kEarlierGroups + (current ? p.max_groups : 0) + group);
 }
 
 // Whether this block is the last of those that add up to `total`; then their writes are visible.
@@ -95,10 +83,56 @@ __device__ __forceinline__ bool arrive(Shared& sh, u32* counter, u32 part, u32 t
   return last;
 }
 
-// Fold the states at sh.node[0 .. count), in order, and give each thread its part of O.
-template <class Emit>
-__device__ __forceinline__ void fold_nodes(Shared& sh, int count, int rows, const Emit& emit) {
+// A finished row of the output. V's scale and zero point enter here, once:
+// out = sum p (code - zp) dequant / l = (O / l - zp) dequant.
+__device__ __forceinline__ void write_output(const Params& p, const Shared& sh, int row, int vector,
+                                             float4 sum, const RowState& state) {
+  const Item& item = sh.item;
+  const int at = item.row + row, token = sh.request.first + at / p.group;
+  const int head = item.head * p.group + at % p.group;
+  const bool empty = state.l == 0.f;  // NaN is not empty
+  float share = empty ? 0.f : 1.f / state.l;
+  if constexpr (kPagedScales) share = empty ? 0.f : share * exp2_fast(state.top - state.m);
+  const float lse2 = state.m + log2_fast(state.l);
+  float kept = 1.f;  // of the denominator, by keys and not by the sink
+  if (p.sinks != nullptr) kept = 1.f / (1.f + exp2_fast(p.sinks[head] * kLog2e - lse2));
+  float x[4] = {sum.x * share, sum.y * share, sum.z * share, sum.w * share};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kStaticScales) {
+      const int channel = item.head * kD + 4 * vector + i;
+      if constexpr (kZeroPoints) x[i] -= static_at(p.dequant.v_zp, channel);
+      x[i] *= static_at(p.dequant.v, kPerChannel ? channel : item.head);
+    }
+    x[i] = empty ? 0.f : x[i] * kept;
+  }
+  FASTKV_Q* out = p.out + token * p.out_token + head * p.out_head + 4 * vector;
+  if constexpr (sizeof(FASTKV_Q) == 2) {
+    *reinterpret_cast<uint2*>(out) = make_uint2(pack2<FASTKV_Q>(x[0], x[1]),
+                                                pack2<FASTKV_Q>(x[2], x[3]));
+  } else {
+    *reinterpret_cast<float4*>(out) = make_float4(x[0], x[1], x[2], x[3]);
+  }
+  if (p.lse != nullptr && vector == 0) {
+    p.lse[i64(token) * p.kv_heads * p.group + head] = empty ? MINUS_INFINITY : lse2 * kLn2;
+  }
+}
+
+// To a state in the workspace, or, where `to` is null, to the output.
+__device__ __forceinline__ void put(const Params& p, const Shared& sh, float* to, int row,
+                                    int vector, float4 sum, const RowState& state) {
+  if (to == nullptr) {
+    write_output(p, sh, row, vector, sum, state);
+    return;
+  }
+  __stcg(reinterpret_cast<float4*>(to + row * kD + 4 * vector), sum);
+  if (vector == 0) store_row(to, row, state);
+}
+
+// Fold the states at sh.node[0 .. count), in order, and put the result.
+__device__ __noinline__ void fold_nodes(const Params& p, Shared& sh, int count, float* to) {
   NodeTable& table = sh.nodes;
+  __syncthreads();
   for (int i = threadIdx.x; i < count * kRows; i += kThreads) {
     const RowState x = load_row(sh.node[i / kRows], i % kRows);
     table.m[i / kRows][i % kRows] = x.m;
@@ -118,7 +152,7 @@ __device__ __forceinline__ void fold_nodes(Shared& sh, int count, int rows, cons
     sh.row[0][threadIdx.x] = state;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < rows * kVectors; i += kThreads) {
+  for (int i = threadIdx.x; i < sh.item.rows * kVectors; i += kThreads) {
     const int row = i / kVectors, at = row * kD + i % kVectors * 4;
     float4 sum = {0.f, 0.f, 0.f, 0.f};
     for (int base = 0; base < count; base += 8) {
@@ -136,79 +170,46 @@ __device__ __forceinline__ void fold_nodes(Shared& sh, int count, int rows, cons
         }
       }
     }
-    emit(row, i % kVectors, sum, sh.row[0][row]);
+    put(p, sh, to, row, i % kVectors, sum, sh.row[0][row]);
   }
   __syncthreads();
 }
 
-// A finished row of the output. V's scale and zero point enter here, once:
-// out = sum p (code - zp) dequant / l = (O / l - zp) dequant.
-__device__ __forceinline__ void write_output(const Params& p, const Request& r, const Item& item,
-                                             int row, int vector, float4 sum,
-                                             const RowState& state) {
-  const int at = item.row + row, token = r.first + at / p.G;
-  const int head = item.head * p.G + at % p.G;
-  const bool empty = state.l == 0.f;  // NaN is not empty
-  float share = empty ? 0.f : 1.f / state.l;
-  if constexpr (kPagedScales) share = empty ? 0.f : share * exp2_fast(state.top - state.m);
-  const float lse2 = state.m + log2_fast(state.l);
-  float kept = 1.f;  // of the denominator, by keys and not by the sink
-  if (p.sinks != nullptr) kept = 1.f / (1.f + exp2_fast(p.sinks[head] * kLog2e - lse2));
-  float x[4] = {sum.x * share, sum.y * share, sum.z * share, sum.w * share};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (kStaticScales) {
-      const int channel = item.head * kD + 4 * vector + i;
-      if constexpr (kZeroPoints) x[i] -= to_float(p.v_zp[channel]);
-      x[i] *= to_float(p.v_dequant[kPerChannel ? channel : item.head]);
-    }
-    x[i] = empty ? 0.f : x[i] * kept;
-  }
-  FASTKV_Q* out = p.out + token * p.out_token + head * p.out_head + 4 * vector;
-  if constexpr (sizeof(FASTKV_Q) == 2) {
-    *reinterpret_cast<uint2*>(out) = make_uint2(pack2<FASTKV_Q>(x[0], x[1]),
-                                                pack2<FASTKV_Q>(x[2], x[3]));
-  } else {
-    *reinterpret_cast<float4*>(out) = make_float4(x[0], x[1], x[2], x[3]);
-  }
-  if (p.lse != nullptr && vector == 0) {
-    p.lse[i64(token) * p.Hkv * p.G + head] = empty ? MINUS_INFINITY : lse2 * kLn2;
+// The running fold, to where `to` says.
+__device__ __noinline__ void put_sum(const Params& p, const Shared& sh, int turn, float* to) {
+  for (int i = threadIdx.x; i < sh.item.rows * kVectors; i += kThreads) {
+    const int row = i / kVectors, vector = i % kVectors;
+    put(p, sh, to, row, vector, *reinterpret_cast<const float4*>(&sh.sum[row][4 * vector]),
+        sh.row[turn][row]);
   }
 }
 
-// A group is done: it is the whole item, or it goes to the workspace and the last one folds all.
-template <class Give>
-__device__ __forceinline__ void finish_group(const Params& p, Shared& sh, const Share& s,
-                                             const Request& r, const Item& item, int group,
-                                             const Give& give) {
-  const auto output = [&](int row, int vector, float4 sum, const RowState& state) {
-    write_output(p, r, item, row, vector, sum, state);
-  };
+// Where a finished group goes: an item of one group is the output.
+__device__ __forceinline__ float* group_target(const Params& p, const Shared& sh, int group) {
+  return sh.item.chunks <= kGroup ? nullptr : group_state(p, sh.share, sh.item, group);
+}
+
+// A group of several is where it belongs; the last one folds them all.
+__device__ __noinline__ void finish_group(const Params& p, Shared& sh, int group) {
+  const Share& s = sh.share;
+  const Item& item = sh.item;
   const int groups = ceil_div(item.chunks, kGroup);
-  if (groups == 1) {
-    give(output);
-    return;
-  }
-  float* to = group_state(p, s, item, group);
-  give([&](int row, int vector, float4 sum, const RowState& state) {
-    __stcg(reinterpret_cast<float4*>(to + row * kD + 4 * vector), sum);
-    if (vector == 0) store_row(to, row, state);
-  });
+  if (groups == 1) return;
   // An item of this block alone needs no counter; its counter may serve the next item by now.
   const bool alone = item.at >= s.start && item.at + item.chunks <= s.end;
   if (alone) __syncthreads();
-  if (alone ? group == groups - 1
-            : arrive(sh, p.counters + 2 * s.owner(item.at) + 1, 1, groups)) {
-    if (threadIdx.x < groups) sh.node[threadIdx.x] = group_state(p, s, item, threadIdx.x);
-    __syncthreads();
-    fold_nodes(sh, groups, item.rows, output);
+  if (alone ? group < groups - 1
+            : !arrive(sh, p.counters + 2 * s.owner(item.at) + 1, 1, groups)) {
+    return;
   }
+  if (threadIdx.x < groups) sh.node[threadIdx.x] = group_state(p, s, item, threadIdx.x);
+  fold_nodes(p, sh, groups, nullptr);
 }
 
-// A block's part of a split group is in the workspace: the last one folds the group.
-__device__ __forceinline__ void finish_part(const Params& p, Shared& sh, const Share& s,
-                                            const Request& r, const Item& item, int group,
-                                            int part) {
+// This block's `part` chunks of a split group are in the workspace: the last block folds them.
+__device__ __noinline__ void finish_part(const Params& p, Shared& sh, int group, int part) {
+  const Share& s = sh.share;
+  const Item& item = sh.item;
   const int first = group * kGroup, count = min(item.chunks - first, kGroup);
   const u32 at = item.at + first, owner = s.owner(at);
   if (!arrive(sh, p.counters + 2 * owner, part, count)) return;
@@ -221,7 +222,6 @@ __device__ __forceinline__ void finish_part(const Params& p, Shared& sh, const S
     const int slot = threadIdx.x == 0 ? kPrefixSlot : int(chunk - max(s.start_of(block), at));
     sh.node[threadIdx.x] = state_at(p, block, slot);
   }
-  __syncthreads();
-  finish_group(p, sh, s, r, item, group,
-               [&](const auto& emit) { fold_nodes(sh, nodes, item.rows, emit); });
+  fold_nodes(p, sh, nodes, group_target(p, sh, group));
+  finish_group(p, sh, group);
 }

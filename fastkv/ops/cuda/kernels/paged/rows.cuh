@@ -14,11 +14,12 @@ struct Bounds {
 };
 
 // Called by a whole warp; every warp gets the same.
-__device__ __forceinline__ Bounds find_bounds(const Params& p, Shared& sh, const Request& r,
-                                              const Item& item) {
+__device__ __forceinline__ Bounds find_bounds(const Params& p, Shared& sh) {
+  const Request& r = sh.request;
+  const Item& item = sh.item;
   Bounds all = {0x7fffffff, 0, 0, 0x7fffffff};
   for (int row = threadIdx.x % 32; row < item.rows; row += 32) {
-    const int token = (item.row + row) / p.G, position = r.cached + token;
+    const int token = (item.row + row) / p.group, position = r.cached + token;
     int low = max(position - p.window + 1, 0);
     int high = p.causal ? min(position + 1, r.length) : r.length;
     if (p.mask_offsets != nullptr) {
@@ -38,12 +39,13 @@ __device__ __forceinline__ Bounds find_bounds(const Params& p, Shared& sh, const
 }
 
 // Column c of 8 rows, by one warp.
-__device__ __forceinline__ void load_query(const Params& p, Shared& sh, const Request& r,
-                                           const Item& item, int c) {
+__device__ __forceinline__ void load_query(const Params& p, Shared& sh, int c) {
+  const Request& r = sh.request;
+  const Item& item = sh.item;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = 8 * c + g;
   const int at = item.row + row;
-  const FASTKV_Q* q = p.q + (r.first + at / p.G) * p.q_token +
-                      (item.head * p.G + at % p.G) * p.q_head;
+  const FASTKV_Q* q = p.q + (r.first + at / p.group) * p.q_token +
+                      (item.head * p.group + at % p.group) * p.q_head;
   float x[kDimSteps][4], most = 0.f;
 #pragma unroll
   for (int step = 0; step < kDimSteps; ++step) {
@@ -52,13 +54,13 @@ __device__ __forceinline__ void load_query(const Params& p, Shared& sh, const Re
       const int d = F::q_dim(step, t, i);
       x[step][i] = row < item.rows ? to_float(q[d]) : 0.f;
       if constexpr (kStaticScales && kPerChannel) {
-        x[step][i] *= to_float(p.k_dequant[item.head * kD + d]);
+        x[step][i] *= static_at(p.dequant.k, item.head * kD + d);
       }
       most = fmaxf(most, fabsf(x[step][i]));
     }
   }
   float factor = p.soft_cap != 0.f ? p.scale / p.soft_cap : p.scale * kLog2e;
-  if constexpr (kStaticScales && !kPerChannel) factor *= to_float(p.k_dequant[item.head]);
+  if constexpr (kStaticScales && !kPerChannel) factor *= static_at(p.dequant.k, item.head);
   if constexpr (Math::kExponent == 0x7c00u) {
     most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
     most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
@@ -83,7 +85,7 @@ __device__ __forceinline__ void load_query(const Params& p, Shared& sh, const Re
                                 low_float(b.y, Math{}), high_float(b.y, Math{})};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        zero += rounded[i] * to_float(p.k_zp[item.head * kD + F::q_dim(step, t, i)]);
+        zero += rounded[i] * static_at(p.dequant.k_zp, item.head * kD + F::q_dim(step, t, i));
       }
     }
   }

@@ -19,6 +19,15 @@ struct Request {
   u32 work;         // chunks of all its items
 };
 
+// One (request, row tile, KV head), and where it stands.
+struct Item {
+  int head;
+  int row;        // first row of its tile, within the request
+  int rows;       // of the tile, at most kRows
+  u32 at;         // its chunk 0 in the launch's order
+  int chunks;
+};
+
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 __device__ __forceinline__ int chunk_tokens(int length, int heads) {
@@ -29,20 +38,18 @@ __device__ __forceinline__ int chunk_tokens(int length, int heads) {
 __device__ __forceinline__ Request read_request(const Params& p, int b) {
   Request r;
   r.index = b;
-  const int limit = p.M << p.page_shift;
-  r.first = min(max(p.cu_seqlens_q[b], 0), p.T);
-  const int tokens = min(max(p.cu_seqlens_q[b + 1], r.first), p.T) - r.first;
+  const int limit = int(min(capacity(p.table), i64(1) << 30));
+  r.first = min(max(p.cu_seqlens_q[b], 0), p.tokens);
+  const int tokens = min(max(p.cu_seqlens_q[b + 1], r.first), p.tokens) - r.first;
   const int cached = p.cache_seqlens[b];
   r.cached = min(max(cached, 0), limit);
   r.length = min(r.cached + tokens, limit);
-  r.rows = tokens * p.G;
-  r.chunk = chunk_tokens(r.length, p.Hkv);
+  r.rows = tokens * p.group;
+  r.chunk = chunk_tokens(r.length, p.kv_heads);
   r.chunk_first = max(r.cached - p.window + 1, 0) / r.chunk;
   r.chunks = max(1, ceil_div(r.length, r.chunk) - r.chunk_first);
-  r.work = u32(ceil_div(r.rows, kRows)) * p.Hkv * r.chunks;
-  if (p.faults != nullptr && (cached < 0 || i64(cached) + tokens > limit)) {
-    report_fault(p.faults, kFaultLengths, b);
-  }
+  r.work = u32(ceil_div(r.rows, kRows)) * p.kv_heads * r.chunks;
+  if (cached < 0 || i64(cached) + tokens > limit) report_fault(p.faults, kFaultLength, b);
   return r;
 }
 
@@ -81,8 +88,7 @@ struct Share {
   u32 total;   // chunks of the whole launch
   u32 blocks;  // that have work
   u32 start, end;
-  int request;     // where the share begins
-  u32 request_at;  // the first chunk of that request
+  u32 request_at;  // the first chunk of the current request
 
   __device__ __forceinline__ u32 start_of(u32 block) const {
     return u32(u64(total) * block / blocks);
@@ -93,34 +99,18 @@ struct Share {
   }
 };
 
-__device__ __forceinline__ Share find_share(const Params& p, u32* scratch) {
-  u32 work = 0;
-  for (int b = threadIdx.x; b < p.B; b += kThreads) work += read_request(p, b).work;
-  Share s;
-  s.total = block_sum(work, scratch);
-  s.blocks = min(gridDim.x, s.total);
-  s.start = s.end = 0;
-  s.request = 0, s.request_at = 0;
-  if (blockIdx.x >= s.blocks) return s;
-  s.start = s.start_of(blockIdx.x);
-  s.end = s.start_of(blockIdx.x + 1);
-  if (s.start == 0) return s;  // an empty request before the first one is stepped over later
-  u32 before = 0;
-  for (int base = 0; base < p.B; base += kThreads) {
-    const int b = base + threadIdx.x;
-    const u32 mine = b < p.B ? read_request(p, b).work : 0;
-    const u32 until = before + block_scan(mine, scratch);
-    if (until > s.start && until - mine <= s.start) {
-      scratch[kWarps] = u32(b);
-      scratch[kWarps + 1] = until - mine;
-    }
-    if (threadIdx.x == kThreads - 1) scratch[kWarps + 2] = until;
-    if (__syncthreads_or(until > s.start)) break;
-    before = scratch[kWarps + 2];
-    __syncthreads();
+// The chunk `at`: its item, `r` stepped to its request.
+__device__ __forceinline__ Item find_item(const Params& p, Share& s, Request& r, u32 at) {
+  while (at >= s.request_at + r.work) {
+    s.request_at += r.work;
+    r = read_request(p, r.index + 1);
   }
-  s.request = int(scratch[kWarps]);
-  s.request_at = scratch[kWarps + 1];
-  __syncthreads();
-  return s;
+  const u32 place = (at - s.request_at) / r.chunks;
+  Item item;
+  item.head = place % p.kv_heads;
+  item.row = int(place / p.kv_heads) * kRows;
+  item.rows = min(r.rows - item.row, kRows);
+  item.chunks = r.chunks;
+  item.at = s.request_at + place * r.chunks;
+  return item;
 }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A warp's tiles of K and V, on their way from the pages to its stages in shared memory.
 #pragma once
-#include "paged/schedule.cuh"
 #include "paged/shared.cuh"
 
 // Tiles lie at multiples of kTile; the warp takes every kWarps-th of them. Tokens outside
@@ -20,9 +19,8 @@ struct Stream {
 
   static constexpr int kHeld = 32 / F::kBlocks;  // tiles whose pages the warp's lanes hold
 
-  __device__ __forceinline__ Stream(const Params& p, Shared& sh, int request, int head, int low,
-                                    int high, u32 stages)
-      : p(p), sh(sh), request(request), head(head), warp(threadIdx.x / 32),
+  __device__ __forceinline__ Stream(const Params& p, Shared& sh, int low, int high, u32 stages)
+      : p(p), sh(sh), request(sh.request.index), head(sh.item.head), warp(threadIdx.x / 32),
         lane(threadIdx.x % 32), low(low), high(high), stages(stages) {
     const int begin = low / kTile;
     first = begin + ((warp - begin) & (kWarps - 1));
@@ -37,10 +35,7 @@ struct Stream {
   __device__ __forceinline__ int fetch_ids(int tile) const {
     const int at = token(tile + lane / F::kBlocks) + lane % F::kBlocks * 16;
     if (at >= high || at + 16 <= low) return -1;
-    const int id = p.block_table[request * p.table_row + (at >> p.page_shift)];
-    if (id >= 0 && id < p.N) return id;
-    if (p.faults != nullptr && id != -1) report_fault(p.faults, kFaultPage, request);
-    return -1;
+    return page_at(p.block_table, p.table, request, at, p.faults);
   }
 
   // Start the copy of the next tile, if there is one; its place in the pipeline is taken anyway.
@@ -62,11 +57,11 @@ struct Stream {
 #pragma unroll
       for (int i = 0; i < F::kBlocks; ++i) whole = whole && page[i] >= 0;
       if (whole) {
-        copy_tile<true>(to, p.k + head * p.k_head, p.k_page, p.k_slot, page, at);
-        copy_tile<true>(to + kTileBytes, p.v + head * p.v_head, p.v_page, p.v_slot, page, at);
+        copy_tile<true>(to, p.k, p.k_strides, page, at);
+        copy_tile<true>(to + kTileBytes, p.v, p.v_strides, page, at);
       } else {
-        copy_tile<false>(to, p.k + head * p.k_head, p.k_page, p.k_slot, page, at);
-        copy_tile<false>(to + kTileBytes, p.v + head * p.v_head, p.v_page, p.v_slot, page, at);
+        copy_tile<false>(to, p.k, p.k_strides, page, at);
+        copy_tile<false>(to + kTileBytes, p.v, p.v_strides, page, at);
       }
     }
     ++issued;
@@ -74,21 +69,20 @@ struct Stream {
   }
 
   template <bool kWhole>
-  __device__ __forceinline__ void copy_tile(u32 to, const u8* side, i64 page_stride,
-                                            i64 slot_stride, const int (&page)[F::kBlocks],
-                                            int at) const {
+  __device__ __forceinline__ void copy_tile(u32 to, const u8* side, const SideStrides& strides,
+                                            const int (&page)[F::kBlocks], int at) const {
     const u8* block[F::kBlocks];
 #pragma unroll
     for (int i = 0; i < F::kBlocks; ++i) {
-      const int slot = (at + 16 * i) & ((1 << p.page_shift) - 1);
-      block[i] = side + max(page[i], 0) * page_stride + slot * slot_stride;
+      const int slot = slot_at(p.table, at + 16 * i);
+      block[i] = side + row_offset(strides, max(page[i], 0), head, slot);
     }
     constexpr int kPieces = F::kRowBytes / 16;
     static_assert(kTile * kPieces % 32 == 0, "every lane copies equally many pieces");
 #pragma unroll
     for (int i = 0; i < kTile * kPieces / 32; ++i) {
       const int piece = lane + 32 * i, row = piece / kPieces, column = piece % kPieces * 16;
-      const u8* from = block[F::kBlocks == 1 ? 0 : row / 16] + (row & 15) * slot_stride + column;
+      const u8* from = block[F::kBlocks == 1 ? 0 : row / 16] + (row & 15) * strides.slot + column;
       const u32 where = to + row * kPitch + column;
       if constexpr (kWhole) {
         copy_async(where, from);
@@ -112,12 +106,17 @@ struct Stream {
     return sh.stage_page[warp][tile % kStages][block];
   }
 
+  __device__ __forceinline__ void fetch_scales(int tile, float& k, float& v) const {
+    k = token_scale(p.k_scale, p.k_strides, tile);
+    v = token_scale(p.v_scale, p.v_strides, tile);
+  }
+
   // The scale of token `lane` of a tile: K's or V's. Not read where there is no such token.
-  __device__ __forceinline__ float token_scale(const FASTKV_SCALE* scales, i64 page_stride,
-                                               i64 head_stride, i64 slot_stride, int tile) const {
+  __device__ __forceinline__ float token_scale(const u8* scales, const SideStrides& strides,
+                                               int tile) const {
     const int at = token(tile) + lane, id = page(tile, lane / 16 % F::kBlocks);
     if (tile >= tiles || id < 0 || at < low || at >= high) return 0.f;
-    const int slot = at & ((1 << p.page_shift) - 1);
-    return to_float(scales[id * page_stride + head * head_stride + slot * slot_stride]);
+    const i64 offset = scale_offset(strides, id, head, slot_at(p.table, at));
+    return to_float(*reinterpret_cast<const FASTKV_SCALE*>(scales + offset));
   }
 };

@@ -6,6 +6,7 @@
 // each column of 8.
 #pragma once
 #include "paged/fold.cuh"
+#include "paged/rows.cuh"
 #include "paged/stream.cuh"
 
 struct WarpState {
@@ -113,12 +114,13 @@ __device__ __forceinline__ void add_values(WarpState& w, const Weights& b, u32 v
 
 // Some key of the tile is hidden from some row, and V is not finite somewhere: 0 * NaN is NaN, and
 // must not reach a row that cannot see it. Row by row, with the keys that it cannot see zeroed.
-__device__ __noinline__ void add_values_by_row(WarpState& w, const Weights& b, u32 v_tile,
+__device__ __forceinline__ void add_values_by_row(WarpState& w, const Weights& b, u32 v_tile,
                                                const Shared& sh, int token) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const u32 from = v_tile + F::v_row(lane) * kPitch + F::v_byte(lane);
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
+#pragma unroll 1
     for (int row = 0; row < 8; ++row) {
       const int low = sh.low[8 * c + row], high = sh.high[8 * c + row];
 #pragma unroll
@@ -306,5 +308,30 @@ __device__ __forceinline__ void soften(WarpState& w, Scores& s, Weights& b, floa
         mma<Math>(w.l[c], a, b[block][c][0], b[block][c][1]);
       }
     }
+  }
+}
+
+__device__ __forceinline__ void attend_tile(WarpState& w, const Params& p, const Shared& sh,
+                                            const Query& query, const Stream& stream,
+                                            const Bounds& see, int tile, float k_scale,
+                                            float v_scale) {
+  TileMask mask;
+  mask.token = stream.token(tile);
+  mask.clean = mask.token >= see.clean_low && mask.token + kTile <= see.clean_high;
+#pragma unroll
+  for (int i = 0; i < F::kBlocks; ++i) {
+    mask.there[i] = stream.page(tile, i) >= 0;
+    mask.clean = mask.clean && mask.there[i];
+  }
+  const u32 k_tile = stream.stage(tile), v_tile = k_tile + kTileBytes;
+  Scores scores = {};
+  multiply_keys(scores, query, k_tile);
+  finish_scores(scores, p, sh, mask, k_scale);
+  Weights weights;
+  soften(w, scores, weights, v_scale);
+  if (F::kMayBeNotFinite && !mask.clean && any_not_finite(v_tile)) {
+    add_values_by_row(w, weights, v_tile, sh, mask.token);
+  } else {
+    add_values(w, weights, v_tile);
   }
 }
