@@ -98,6 +98,7 @@ class Prepared:
         fields = (POINTER,) * 19 + (blob.field, *_SCALARS)
         self.kernel = Kernel(what, self.index, fields, THREADS, shape.shared)
         self.scale = dim**-0.5
+        self.fresh = int(not checker.given("out"))
         most = (sizes["T"] * group // (8 * shape.columns) + sizes["B"]) * heads * groups * _GROUP
         self.grid = max(1, min(self.kernel.resident_blocks(), most))
         state = 4 * (8 * shape.columns * dim + 3 * 8 * shape.columns)
@@ -194,7 +195,7 @@ def paged_attention(
         prepared.blob,
         int(causal),
         _NO_WINDOW if window is None else min(window, _NO_WINDOW),
-        1,
+        prepared.fresh,
         prepared.scale if scale is None else scale,
         soft_cap or 0.0,
         0,

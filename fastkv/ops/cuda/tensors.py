@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastkv import arrays
 from fastkv.dtypes import ITEMSIZE
 from fastkv.errors import UnsupportedError
-from fastkv.ops.cuda import jit, launch
+from fastkv.ops.cuda import jit
 
 if TYPE_CHECKING:
     from fastkv.cache import LayerCache
@@ -73,11 +73,12 @@ def unsupported(checker: "Checker", argument: str, expected: str, got: object) -
     )
 
 
-def require_head_dim(checker: "Checker", multiple: int) -> int:
-    """D, refused unless a multiple of what a kernel cuts it in."""
+def require_head_dim(checker: "Checker", multiple: int, most: int | None = None) -> int:
+    """D, refused unless a multiple of what a kernel cuts it in, and at most `most`."""
     dim = checker.sizes["D"]
-    if dim % multiple:
-        expected = f"a head dim that is a multiple of {multiple} on a GPU"
+    if dim % multiple or (most is not None and dim > most):
+        limit = "" if most is None else f" up to {most}"
+        expected = f"a head dim that is a multiple of {multiple}{limit} on a GPU"
         raise unsupported(checker, "D", expected, dim)
     return dim
 
@@ -96,29 +97,33 @@ def require_contiguous(checker: "Checker", tensors: Mapping[str, Any]) -> None:
             want *= size
 
 
-def row_strides(checker: "Checker", name: str, tensor: Any, dtype: str) -> tuple[int, ...]:
+def row_strides(checker: "Checker", name: str, tensor: Any, unit: int = VECTOR) -> tuple[int, ...]:
     """Strides, in elements, of all axes but the last, which must be dense.
 
-    Rows must begin at multiples of 16 bytes, unless there is only one.
+    Rows must begin at multiples of `unit` bytes, unless there is only one.
     """
     *outer, last = library(checker).strides(tensor)
     *sizes, width = tensor.shape
-    item = ITEMSIZE[dtype]
+    item = ITEMSIZE[checker.dtype(name)]
     if last != 1 and width > 1:
         raise unsupported(checker, name, "a last axis of stride 1 on a GPU", _spell((*outer, last)))
     for size, stride in zip(sizes, outer, strict=True):
-        if size > 1 and stride * item % VECTOR:
-            expected = f"strides of a multiple of {VECTOR} bytes on a GPU"
+        if size > 1 and stride * item % unit:
+            expected = f"strides of a multiple of {unit} bytes on a GPU"
             raise unsupported(checker, name, expected, f"{stride} elements of {item} bytes")
     return tuple(outer)
 
 
-def misaligned(checker: "Checker", pointers: Mapping[str, int]) -> UnsupportedError:
-    """The error for the first pointer that is not a multiple of 16 bytes."""
-    name, at = next((name, at) for name, at in pointers.items() if at % VECTOR)
-    return unsupported(
-        checker, name, f"memory aligned to {VECTOR} bytes on a GPU", f"address {at:#x}"
-    )
+def require_aligned(checker: "Checker", names: Sequence[str], pointers: Sequence[int]) -> None:
+    """Refuse, by name, a pointer that is not a multiple of 16 bytes. Runs at every call."""
+    mixed = 0
+    for at in pointers:
+        mixed |= at
+    if mixed % VECTOR:
+        wrong = [(name, at) for name, at in zip(names, pointers, strict=True) if at % VECTOR]
+        name, at = wrong[0]
+        expected = f"memory aligned to {VECTOR} bytes on a GPU"
+        raise unsupported(checker, name, expected, f"address {at:#x}")
 
 
 def page_shift(checker: "Checker") -> int:
@@ -135,8 +140,7 @@ def cache_strides(checker: "Checker", cache: "LayerCache") -> list[int]:
     strides_of = library(checker).strides
     item = ITEMSIZE[cache.spec.storage_dtype(cache.layer_id)]
     for side in ("k", "v"):
-        name = f"cache.{side}"
-        rows = row_strides(checker, name, getattr(cache, side), checker.dtype(name))
+        rows = row_strides(checker, f"cache.{side}", getattr(cache, side))
         found += [item * stride for stride in rows]
         scale = getattr(cache, f"{side}_scale")
         strides = (0, 0, 0) if scale is None else strides_of(scale)
@@ -223,13 +227,19 @@ def static_names(quant: "QuantSpec", direction: str) -> tuple[str | None, ...]:
     return tuple(name if name in quant.static_fields else None for name in fields)
 
 
-STATIC_FIELDS = (launch.POINTER,) * 4
-
-
 def static_pointers(cache: "LayerCache", names: Sequence[str | None], pointer: Any) -> list[int]:
     """`StaticPointers`: addresses of a layer's static arrays, 0 where there is none."""
     static = cache.static
     return [0 if name is None else pointer(getattr(static, name)) for name in names]
+
+
+#: Names of `static_pointers` in errors.
+STATIC_ARGUMENTS = (
+    "cache.static (K)",
+    "cache.static (V)",
+    "cache.static.k_zp",
+    "cache.static.v_zp",
+)
 
 
 def _spell(strides: Sequence[int]) -> str:

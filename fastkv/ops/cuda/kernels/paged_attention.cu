@@ -115,11 +115,12 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
   __syncthreads();  // the next item writes what this one read
 }
 
-// Rows of nobody: behind the last request 0 and -inf; before the first one too, in a new output.
+// Rows of nobody: behind the last request 0 and -inf; before the first one they are left alone, but
+// what the op made itself is written everywhere.
 __device__ __forceinline__ void clear_rows(const Params& p) {
   const int begin = min(max(p.cu_seqlens_q[0], 0), p.tokens);
   const int end = min(max(p.cu_seqlens_q[p.table.requests], begin), p.tokens);
-  const int before = p.fresh ? begin : 0, heads = p.kv_heads * p.group;
+  const int before = p.fresh || p.lse != nullptr ? begin : 0, heads = p.kv_heads * p.group;
   const i64 count = i64(before + p.tokens - end) * heads * kVectors;
   for (i64 i = blockIdx.x * kThreads + threadIdx.x; i < count; i += i64(gridDim.x) * kThreads) {
     const int vector = i % kVectors, head = i / kVectors % heads;
@@ -127,7 +128,9 @@ __device__ __forceinline__ void clear_rows(const Params& p) {
     if (token >= before) token += end - before;
     FASTKV_Q* out = p.out + token * p.out_token + head * p.out_head + 4 * vector;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) out[j] = from_float<FASTKV_Q>(0.f);
+    for (int j = 0; j < 4; ++j) {
+      if (token >= begin || p.fresh) out[j] = from_float<FASTKV_Q>(0.f);
+    }
     if (p.lse != nullptr && vector == 0) p.lse[i64(token) * heads + head] = MINUS_INFINITY;
   }
 }

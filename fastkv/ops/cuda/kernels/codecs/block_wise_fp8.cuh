@@ -6,6 +6,7 @@
 #include "common/e4m3.cuh"
 #include "common/multipliers.cuh"
 #include "fragments/eight_bit.cuh"
+#include "common/rounding.cuh"
 
 template <class T> struct Limits;
 template <> struct Limits<float> {
@@ -26,9 +27,8 @@ struct Codec {
 
   // The multiplier that a row with this amax stores, as its dtype T holds it.
   template <class T> static __device__ __forceinline__ float row_scale(float amax) {
-    float s = __fdiv_rn(amax, 448.0f);
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(s) : "f"(__uint_as_float(Limits<T>::kSmallestNormal)));
-    asm("min.NaN.f32 %0, %0, %1;" : "+f"(s) : "f"(__uint_as_float(Limits<T>::kLargest)));
+    float s = max_or_nan(__fdiv_rn(amax, 448.0f), __uint_as_float(Limits<T>::kSmallestNormal));
+    s = min_or_nan(s, __uint_as_float(Limits<T>::kLargest));
     return __float_as_uint(amax) == 0 ? 0.0f : to_float(from_float<T>(s));
   }
 

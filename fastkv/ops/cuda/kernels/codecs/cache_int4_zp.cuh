@@ -5,6 +5,7 @@
 
 #include "common/multipliers.cuh"
 #include "fragments/four_bit.cuh"
+#include "common/rounding.cuh"
 
 struct Codec {
   template <int D> using Fragments = FourBit<D>;
@@ -19,9 +20,7 @@ struct Codec {
     for (int i = 0; i < 8; ++i) {
       const float scaled = __fmul_rn(x[i], m.scale[i]);
       const float shifted = isnan(scaled) ? m.zp[i] : __fadd_rn(scaled, m.zp[i]);
-      i32 q;
-      asm("cvt.rni.s32.f32 %0, %1;" : "=r"(q) : "f"(shifted));
-      q = min(max(q, -8), 7);
+      const i32 q = min(max(round_to_int(shifted), -8), 7);
       stored[0] |= (u32(q) & 15u) << (4 * i);
     }
   }

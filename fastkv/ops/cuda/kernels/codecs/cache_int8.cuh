@@ -4,6 +4,7 @@
 
 #include "common/multipliers.cuh"
 #include "fragments/eight_bit.cuh"
+#include "common/rounding.cuh"
 
 struct Codec {
   template <int D> using Fragments = EightBit<Int8Expand, D>;
@@ -16,17 +17,11 @@ struct Codec {
     i32 q[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      // The conversion saturates, and turns NaN into 0.
-      asm("cvt.rni.s32.f32 %0, %1;" : "=r"(q[i]) : "f"(__fmul_rn(x[i], m.scale[i])));
-      q[i] = max(q[i], -127);
+      q[i] = max(round_to_int(__fmul_rn(x[i], m.scale[i])), -127);
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {  // packs with saturation at 127
-      asm("{\n.reg .b32 high;\n"
-          "cvt.pack.sat.s8.s32.b32 high, %4, %3, 0;\n"
-          "cvt.pack.sat.s8.s32.b32 %0, %2, %1, high;\n}"
-          : "=r"(stored[i])
-          : "r"(q[4 * i]), "r"(q[4 * i + 1]), "r"(q[4 * i + 2]), "r"(q[4 * i + 3]));
+    for (int i = 0; i < 2; ++i) {  // saturates at 127
+      stored[i] = to_bytes(q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3]);
     }
   }
 

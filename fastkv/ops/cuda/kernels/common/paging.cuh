@@ -29,17 +29,19 @@ struct TableShape {
   i32 requests;        // B
 };
 
-// The page of a position within the table; -1 where there is none, or where the id is no page
-// (which is reported).
-__device__ __forceinline__ i32 page_at(const i32* table, const TableShape& shape, i32 request,
-                                       i32 position, i32* faults) {
+// What the table says of a position within it; to be checked before it is used.
+__device__ __forceinline__ i32 page_id(const i32* table, const TableShape& shape, i32 request,
+                                       i32 position) {
   const i64 column = position >> shape.page_shift;
-  const i32 page = table[request * shape.row + column * shape.column];
-  if (page < -1 || page >= shape.pages) {
-    report_fault(faults, kFaultPage, request);
-    return -1;
-  }
-  return page;
+  return table[request * shape.row + column * shape.column];
+}
+
+// A page id; -1 where there is no page, or where the id is none (which is reported).
+__device__ __forceinline__ i32 checked_page(i32 id, const TableShape& shape, i32 request,
+                                            i32* faults) {
+  if (id >= -1 && id < shape.pages) return id;
+  report_fault(faults, kFaultPage, request);
+  return -1;
 }
 
 // Positions that the table has room for.
