@@ -17,7 +17,7 @@ THREADS = 128
 _WARPS = 4
 # The split of a request over blocks: chunks of at least so many tokens, and about so many chunks
 # times KV heads. Part of the arithmetic: another split rounds otherwise.
-LEAST_CHUNK = 256
+LEAST_CHUNK = 512
 SPLIT = 256
 _GROUP = 16  # chunks whose states fold first; kernels/paged/params.cuh has it too
 _NO_WINDOW = 0x7FFFFFFF
@@ -48,15 +48,15 @@ class Shape:
         bits = 16 if quant.bound is None else 8 // quant.elements_per_item
         fixed = _shared_struct(dim, columns)
         stage = _WARPS * 2 * (16 if bits == 16 else 32) * _pitch(bits * dim // 8)
-        for blocks in (*range(BLOCKS, 1, -1), 1):
+        for blocks in (*range(BLOCKS[bits] if columns == 1 else 2, 1, -1), 1):
             stages = min(STAGES, (_SHARED // blocks - _RESERVED - fixed) // stage)
             if stages >= 2:
                 return cls(columns, stages, blocks, fixed + stages * stage)
         raise AssertionError(f"no shape for head dim {dim} in {quant.name}")
 
 
-# Blocks a multiprocessor, at most; fewer where two stages each do not fit.
-BLOCKS = 2
+# Blocks a multiprocessor, at most, by bits of an element; fewer where two stages do not fit.
+BLOCKS = {16: 2, 8: 2, 4: 3}
 # Stages at most: about 48 KiB a multiprocessor must be in flight.
 STAGES = 4
 # Bytes of shared memory: of an sm_90 multiprocessor, and what each block loses of it.
@@ -73,8 +73,8 @@ def _shared_struct(dim: int, columns: int) -> int:
     """At least `kSharedBytes` of kernels/paged/shared.cuh, which asserts it."""
     rows = 8 * columns
     query = dim // 16 * columns * 32 * 8
-    parts = max(4 * 8 * (dim + 4) * 4, 3 * _GROUP * rows * 4)
-    fold = 4 * rows * dim + 6 * rows * 12 + 4 * rows * 4
+    parts = max(4 * (4 if columns == 4 else 8) * (dim + 4) * 4, 5 * _GROUP * rows * 4)
+    fold = 4 * rows * dim + 6 * rows * 12 + 5 * rows * 4 + 8 * dim
     return query + parts + fold + 8 * _WARPS * STAGES + 8 * _GROUP + 512
 
 

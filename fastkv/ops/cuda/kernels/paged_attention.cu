@@ -12,48 +12,69 @@
 #include "common/grid.cuh"
 #include "paged/tile.cuh"
 
-// The chunk's states of the four warps, to one; folded into the group's (`fold`), or to `to`.
+// Rows first .. first + rows - 1 of a chunk: this warp's state to shared memory.
+__device__ __forceinline__ void share_state(const WarpState& w, Shared& sh, int first, int rows) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int c = first / 8;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const RowState state = w.row(c, i);
+    const int row = 8 * c + 2 * t + i - first;
+    if (row < 0 || row >= rows) continue;
+    if (g == 0) sh.warp_row[warp][first + row] = state;
+    F::store(sh.warp_sum[warp][row], w.o[c], g, i);
+  }
+}
+
+// The warps' states of a row, and a vector of it, to one.
+__device__ __forceinline__ RowState join_warps(const Shared& sh, int at, int row, int vector,
+                                               float4& sum) {
+  RowState joined = empty_row();
+  RowState x[kWarps];
+#pragma unroll
+  for (int k = 0; k < kWarps; ++k) {
+    x[k] = sh.warp_row[k][at];
+    joined.m = fmaxf(joined.m, x[k].m), joined.top = fmaxf(joined.top, x[k].top);
+  }
+  sum = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+  for (int k = 0; k < kWarps; ++k) {
+    float scale = weight(x[k].m, joined.m);
+    joined.l = __fmaf_rn(x[k].l, scale, joined.l);
+    if constexpr (kPagedScales) scale = weight(x[k].top, joined.top);
+    const float4 y = *reinterpret_cast<const float4*>(&sh.warp_sum[k][row][4 * vector]);
+    sum = {__fmaf_rn(y.x, scale, sum.x), __fmaf_rn(y.y, scale, sum.y),
+           __fmaf_rn(y.z, scale, sum.z), __fmaf_rn(y.w, scale, sum.w)};
+  }
+  return joined;
+}
+
+// The chunk's states of the four warps, to one; folded into the group's, or to `to`.
 __device__ __forceinline__ void finish_chunk(const WarpState& w, Shared& sh, bool first, int& turn,
                                              float* to) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int c = 0; c < kColumns; ++c) {
-    const int rows = min(sh.item.rows - 8 * c, 8);
+  for (int from = 0; from < kRows; from += kPassRows) {
+    const int rows = min(sh.item.rows - from, kPassRows);
     if (rows <= 0) break;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const RowState row = w.row(c, i);
-      if (g == 0) sh.warp_row[warp][8 * c + 2 * t + i] = row;
-      if (2 * t + i < rows) {
-#pragma unroll
-        for (int d = 0; d < kDimSteps; ++d) {
-          sh.warp_sum[warp][2 * t + i][F::out_dim(d, g, 0)] = w.o[c][d][i];
-          sh.warp_sum[warp][2 * t + i][F::out_dim(d, g, 1)] = w.o[c][d][i + 2];
-        }
-      }
-    }
+    share_state(w, sh, from, rows);
     __syncthreads();
     for (int i = threadIdx.x; i < rows * kVectors; i += kThreads) {
-      const int row = i / kVectors, vector = i % kVectors, at = 8 * c + row;
-      RowState state = empty_row();
-      float4 sum = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-      for (int k = 0; k < kWarps; ++k) {
-        float a, b;
-        fold_rows(state, sh.warp_row[k][at], a, b);
-        const float4 x = *reinterpret_cast<const float4*>(&sh.warp_sum[k][row][4 * vector]);
-        sum = fold_sums(sum, a, x, b);
-      }
+      const int row = i / kVectors, vector = i % kVectors, at = from + row;
+      float4 sum;
+      const RowState state = join_warps(sh, at, row, vector, sum);
       if (to != nullptr) {
         __stcg(reinterpret_cast<float4*>(to + at * kD + 4 * vector), sum);
         if (vector == 0) store_row(to, at, state);
-      } else {
-        float4& total = *reinterpret_cast<float4*>(&sh.sum[at][4 * vector]);
-        RowState before = first ? empty_row() : sh.row[turn][at];
-        float a, b;
-        fold_rows(before, state, a, b);
-        total = fold_sums(first ? float4{0.f, 0.f, 0.f, 0.f} : total, a, sum, b);
-        if (vector == 0) sh.row[1 - turn][at] = before;
+        continue;
+      }
+      float4& total = *reinterpret_cast<float4*>(&sh.sum[at][4 * vector]);
+      const RowState before = first ? empty_row() : sh.row[turn][at];
+      const Scaling l(before.m, state.m), top(before.top, state.top);
+      const Scaling& scaling = kPagedScales ? top : l;
+      total = fold_sums(first ? float4{0.f, 0.f, 0.f, 0.f} : total, scaling.before, sum,
+                        scaling.next);
+      if (vector == 0) {
+        sh.row[1 - turn][at] = {l.m, fold_l(before.l, l.before, state.l, l.next), top.m};
       }
     }
     __syncthreads();
@@ -64,9 +85,6 @@ __device__ __forceinline__ void finish_chunk(const WarpState& w, Shared& sh, boo
 // Chunks [begin, end) of the item: this block's share of it.
 __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, int end) {
   const Bounds see = find_bounds(p, sh);
-  for (int c = threadIdx.x / 32; c < kColumns; c += kWarps) load_query(p, sh, c);
-  __syncthreads();
-  const Query query(sh);
   const int chunk_tokens = sh.request.chunk, first = sh.request.chunk_first;
   const int low = max(see.low, (first + begin) * chunk_tokens);
   const int high = max(min(see.high, (first + end) * chunk_tokens), low);
@@ -74,7 +92,17 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
   stages += threadIdx.x / 32 * (kStages * kStageBytes);
   Stream stream(p, sh, low, high, shared_address(stages));
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) stream.issue();
+  for (int i = 0; i < kStages; ++i) {
+    stream.issue_keys(i);
+    __syncwarp();
+    stream.issue_values(i);
+  }
+  STAMP(2);
+  for (int c = threadIdx.x / 32; c < kColumns; c += kWarps) load_query(p, sh, c);
+  load_output_parameters(p, sh);
+  __syncthreads();
+  const Query query(sh);
+  STAMP(3);
 
   int tile = 0, turn = 0;
   [[maybe_unused]] float k_scale = 0.f, v_scale = 0.f;
@@ -87,21 +115,18 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
     w.clear();
     const int stop = (first + chunk + 1) * chunk_tokens;
     for (; tile < stream.tiles && stream.token(tile) < stop; ++tile) {
-      stream.wait();
-      stream.issue();
       [[maybe_unused]] float next_k = 0.f, next_v = 0.f;
-      if constexpr (kPagedScales) {
-        __syncwarp();
-        stream.fetch_scales(tile + 1, next_k, next_v);
-      }
+      if constexpr (kPagedScales) stream.fetch_scales(tile + 1, next_k, next_v);
       attend_tile(w, p, sh, query, stream, see, tile, k_scale, v_scale);
       if constexpr (kPagedScales) k_scale = next_k, v_scale = next_v;
     }
+    STAMP(4);
     const int group = chunk / kGroup, group_begin = max(group * kGroup, begin);
     const int group_end = min((group + 1) * kGroup, sh.item.chunks);
     const bool folds = group_begin == group * kGroup;
     float* to = folds ? nullptr : state_at(p, blockIdx.x, chunk - group_begin);
     finish_chunk(w, sh, chunk == group_begin, turn, to);
+    STAMP(5);
     if (chunk + 1 < min(group_end, end)) continue;
     if (folds && chunk + 1 == group_end) {
       put_sum(p, sh, turn, group_target(p, sh, group));
@@ -111,15 +136,16 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
       finish_part(p, sh, group, chunk + 1 - group_begin);
     }
   }
+  STAMP(6);
   wait_copies<0>();
   __syncthreads();  // the next item writes what this one read
 }
 
 // Rows of nobody: behind the last request 0 and -inf; before the first one they are left alone, but
 // what the op made itself is written everywhere.
-__device__ __forceinline__ void clear_rows(const Params& p) {
-  const int begin = min(max(p.cu_seqlens_q[0], 0), p.tokens);
-  const int end = min(max(p.cu_seqlens_q[p.table.requests], begin), p.tokens);
+__device__ __forceinline__ void clear_rows(const Params& p, int begin, int end) {
+  begin = min(max(begin, 0), p.tokens);
+  end = min(max(end, begin), p.tokens);
   const int before = p.fresh || p.lse != nullptr ? begin : 0, heads = p.kv_heads * p.group;
   const i64 count = i64(before + p.tokens - end) * heads * kVectors;
   for (i64 i = blockIdx.x * kThreads + threadIdx.x; i < count; i += i64(gridDim.x) * kThreads) {
@@ -141,8 +167,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, FASTKV_BLOCKS)
   Shared& sh = *reinterpret_cast<Shared*>(memory);
   wait_for_previous_kernel();
   let_next_kernel_start();
-  clear_rows(p);
+  const int begin_rows = p.cu_seqlens_q[0], end_rows = p.cu_seqlens_q[p.table.requests];
+  STAMP(0);
   find_share(p, sh);
+  STAMP(1);
   for (u32 at = sh.share.start; at < sh.share.end;) {
     if (threadIdx.x == 0) sh.item = find_item(p, sh.share, sh.request, at);
     __syncthreads();
@@ -151,4 +179,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, FASTKV_BLOCKS)
     attend(p, sh, begin, end);
     at += end - begin;
   }
+  clear_rows(p, begin_rows, end_rows);
+  STAMP(9);
 }

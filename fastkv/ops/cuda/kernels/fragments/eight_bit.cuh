@@ -3,7 +3,7 @@
 //
 // ldmatrix moves bytes in pairs, so a lane gets four neighbouring elements of D of one token (K), or
 // two of each of two tokens (V, transposed). Which element of D stands where in a product is free,
-// as long as the other operand, or the result, knows: `q_dim` and `out_dim`.
+// as long as the other operand, or the result, knows: `q_dim` and `store`.
 #pragma once
 #include "common/tensor_core.cuh"
 
@@ -77,8 +77,12 @@ template <class Expand, int D> struct EightBit {
   static __device__ __forceinline__ int q_dim(int step, int t, int i) {
     return 16 * step + 4 * t + i;
   }
-  static __device__ __forceinline__ int out_dim(int block, int g, int half) {
-    return 16 * block + 2 * g + half;
+  static __device__ __forceinline__ void store(float* to, const float (&o)[D / 16][4], int g,
+                                               int i) {
+#pragma unroll
+    for (int block = 0; block < D / 16; ++block) {
+      *reinterpret_cast<float2*>(to + 16 * block + 2 * g) = {o[block][i], o[block][i + 2]};
+    }
   }
   static __device__ __forceinline__ bool not_finite(u32 x) { return Expand::not_finite(x); }
 };

@@ -61,8 +61,13 @@ template <int D> struct FourBit {
   static __device__ __forceinline__ int q_dim(int step, int t, int i) {
     return 32 * (step / 2) + 8 * t + 2 * (step & 1) + (i & 1) * 4 + (i >> 1);
   }
-  static __device__ __forceinline__ int out_dim(int block, int g, int half) {
-    return 32 * (block / 2) + 4 * g + 2 * (block & 1) + half;
+  static __device__ __forceinline__ void store(float* to, const float (&o)[D / 16][4], int g,
+                                               int i) {
+#pragma unroll
+    for (int block = 0; block < D / 16; block += 2) {
+      *reinterpret_cast<float4*>(to + 16 * block + 4 * g) = {
+          o[block][i], o[block][i + 2], o[block + 1][i], o[block + 1][i + 2]};
+    }
   }
   static __device__ __forceinline__ bool not_finite(u32) { return false; }
 };

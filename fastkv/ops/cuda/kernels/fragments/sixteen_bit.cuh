@@ -35,9 +35,15 @@ template <class T, int D> struct SixteenBit {
   static __device__ __forceinline__ int q_dim(int step, int t, int i) {
     return 16 * step + 2 * t + (i & 1) + (i & 2) * 4;
   }
-  // Element of D in rows g (half 0) and g + 8 (half 1) of block `block` of the result.
-  static __device__ __forceinline__ int out_dim(int block, int g, int half) {
-    return 16 * block + g + 8 * half;
+
+  // Query row `i` of the lane's two, of O of one column of 8, to `to [D]`.
+  static __device__ __forceinline__ void store(float* to, const float (&o)[D / 16][4], int g,
+                                               int i) {
+#pragma unroll
+    for (int block = 0; block < D / 16; ++block) {
+      to[16 * block + g] = o[block][i];
+      to[16 * block + g + 8] = o[block][i + 2];
+    }
   }
 
   // Whether four bytes hold an infinity or a NaN.

@@ -25,18 +25,16 @@ __device__ __forceinline__ RowState empty_row() {
   return {MINUS_INFINITY, 0.f, MINUS_INFINITY};
 }
 
-// state := state folded with next; `a` and `b` scale their O.
-__device__ __forceinline__ void fold_rows(RowState& state, const RowState& next, float& a,
-                                          float& b) {
-  const float m = fmaxf(state.m, next.m);
-  a = weight(state.m, m), b = weight(next.m, m);
-  state.l = __fmaf_rn(state.l, a, __fmul_rn(next.l, b));
-  state.m = m;
-  if constexpr (kPagedScales) {
-    const float top = fmaxf(state.top, next.top);
-    a = weight(state.top, top), b = weight(next.top, top);
-    state.top = top;
-  }
+// What scales a fold and the next state, with maxima `m` and `next`, to their common one.
+struct Scaling {
+  float m, before, next;
+
+  __device__ __forceinline__ Scaling(float m, float next)
+      : m(fmaxf(m, next)), before(weight(m, this->m)), next(weight(next, this->m)) {}
+};
+
+__device__ __forceinline__ float fold_l(float l, float before, float next, float scale) {
+  return __fmaf_rn(l, before, __fmul_rn(next, scale));
 }
 
 __device__ __forceinline__ float4 fold_sums(float4 x, float a, float4 y, float b) {
@@ -94,15 +92,14 @@ __device__ __forceinline__ void write_output(const Params& p, const Shared& sh, 
   float share = empty ? 0.f : 1.f / state.l;
   if constexpr (kPagedScales) share = empty ? 0.f : share * exp2_fast(state.top - state.m);
   const float lse2 = state.m + log2_fast(state.l);
-  float kept = 1.f;  // of the denominator, by keys and not by the sink
-  if (p.sinks != nullptr) kept = 1.f / (1.f + exp2_fast(p.sinks[head] * kLog2e - lse2));
+  // Of the denominator, by keys and not by the sink.
+  const float kept = 1.f / (1.f + exp2_fast(sh.sink[row] - lse2));
   float x[4] = {sum.x * share, sum.y * share, sum.z * share, sum.w * share};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (kStaticScales) {
-      const int channel = item.head * kD + 4 * vector + i;
-      if constexpr (kZeroPoints) x[i] -= static_at(p.dequant.v_zp, channel);
-      x[i] *= static_at(p.dequant.v, kPerChannel ? channel : item.head);
+      if constexpr (kZeroPoints) x[i] -= sh.value_zero[4 * vector + i];
+      x[i] *= sh.value_scale[4 * vector + i];
     }
     x[i] = empty ? 0.f : x[i] * kept;
   }
@@ -129,48 +126,68 @@ __device__ __forceinline__ void put(const Params& p, const Shared& sh, float* to
   if (vector == 0) store_row(to, row, state);
 }
 
+// Of each node and row: l, and the factors of the left fold up to it. 16 lanes hold a row's nodes,
+// so that the maxima are a scan, and no exponential waits for another.
+__device__ __forceinline__ void scale_nodes(Shared& sh, int count) {
+  static_assert(kGroup == 16, "half a warp holds a row's nodes");
+  NodeTable& table = sh.nodes;
+  for (int i = threadIdx.x; i < kGroup * kRows; i += kThreads) {
+    const int node = i % kGroup, row = i / kGroup;
+    const RowState x = node < count ? load_row(sh.node[node], row) : empty_row();
+    float m = x.m, top = x.top;
+#pragma unroll
+    for (int k = 1; k < kGroup; k *= 2) {
+      const float m_left = __shfl_up_sync(~0u, m, k, kGroup);
+      const float top_left = __shfl_up_sync(~0u, top, k, kGroup);
+      if (node >= k) m = fmaxf(m, m_left), top = fmaxf(top, top_left);
+    }
+    float m_before = __shfl_up_sync(~0u, m, 1, kGroup);
+    float top_before = __shfl_up_sync(~0u, top, 1, kGroup);
+    if (node == 0) m_before = top_before = MINUS_INFINITY;
+    table.l[node][row] = x.l;
+    table.old_l[node][row] = weight(m_before, m), table.new_l[node][row] = weight(x.m, m);
+    if constexpr (kPagedScales) {
+      table.old_sum[node][row] = weight(top_before, top);
+      table.new_sum[node][row] = weight(x.top, top);
+    }
+    if (node == kGroup - 1) sh.row[0][row].m = m, sh.row[0][row].top = top;
+  }
+  __syncthreads();
+}
+
+// One vector of each node's O, all in flight at once.
+__device__ __forceinline__ void load_nodes(float4 (&x)[kGroup], const Shared& sh, int count,
+                                           int at) {
+#pragma unroll
+  for (int k = 0; k < kGroup; ++k) {
+    if (k < count) x[k] = __ldcg(reinterpret_cast<const float4*>(sh.node[k] + at));
+  }
+}
+
 // Fold the states at sh.node[0 .. count), in order, and put the result.
 __device__ __noinline__ void fold_nodes(const Params& p, Shared& sh, int count, float* to) {
-  NodeTable& table = sh.nodes;
   __syncthreads();
-  for (int i = threadIdx.x; i < count * kRows; i += kThreads) {
-    const RowState x = load_row(sh.node[i / kRows], i % kRows);
-    table.m[i / kRows][i % kRows] = x.m;
-    table.l[i / kRows][i % kRows] = x.l;
-    table.top[i / kRows][i % kRows] = x.top;
-  }
-  __syncthreads();
-  if (threadIdx.x < kRows) {
-    RowState state = empty_row();
-    for (int i = 0; i < count; ++i) {
-      const RowState next = {table.m[i][threadIdx.x], table.l[i][threadIdx.x],
-                             table.top[i][threadIdx.x]};
-      float a, b;
-      fold_rows(state, next, a, b);
-      table.m[i][threadIdx.x] = a, table.l[i][threadIdx.x] = b;
-    }
-    sh.row[0][threadIdx.x] = state;
-  }
-  __syncthreads();
+  scale_nodes(sh, count);
+  const NodeTable& table = sh.nodes;
   for (int i = threadIdx.x; i < sh.item.rows * kVectors; i += kThreads) {
     const int row = i / kVectors, at = row * kD + i % kVectors * 4;
+    float4 x[kGroup];
+    load_nodes(x, sh, count, at);
+    RowState state = sh.row[0][row];
+    state.l = 0.f;
     float4 sum = {0.f, 0.f, 0.f, 0.f};
-    for (int base = 0; base < count; base += 8) {
-      float4 x[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        if (base + j < count) {
-          x[j] = __ldcg(reinterpret_cast<const float4*>(sh.node[base + j] + at));
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        if (base + j < count) {
-          sum = fold_sums(sum, table.m[base + j][row], x[j], table.l[base + j][row]);
-        }
+    for (int k = 0; k < kGroup; ++k) {
+      if (k >= count) break;
+      const float before = table.old_l[k][row], next = table.new_l[k][row];
+      state.l = fold_l(state.l, before, table.l[k][row], next);
+      if constexpr (kPagedScales) {
+        sum = fold_sums(sum, table.old_sum[k][row], x[k], table.new_sum[k][row]);
+      } else {
+        sum = fold_sums(sum, before, x[k], next);
       }
     }
-    put(p, sh, to, row, i % kVectors, sum, sh.row[0][row]);
+    put(p, sh, to, row, i % kVectors, sum, state);
   }
   __syncthreads();
 }

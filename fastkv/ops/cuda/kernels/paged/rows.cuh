@@ -93,3 +93,19 @@ __device__ __forceinline__ void load_query(const Params& p, Shared& sh, int c) {
   zero += __shfl_xor_sync(~0u, zero, 2);
   if (t == 0) sh.factor[row] = factor, sh.zero[row] = zero;
 }
+
+// What write_output needs, loaded while the first tiles are on their way.
+__device__ __forceinline__ void load_output_parameters(const Params& p, Shared& sh) {
+  const Item& item = sh.item;
+  for (int row = threadIdx.x; row < item.rows; row += kThreads) {
+    const int head = item.head * p.group + (item.row + row) % p.group;
+    sh.sink[row] = p.sinks == nullptr ? MINUS_INFINITY : p.sinks[head] * kLog2e;
+  }
+  if constexpr (kStaticScales) {
+    for (int d = threadIdx.x; d < kD; d += kThreads) {
+      const int channel = item.head * kD + d;
+      sh.value_scale[d] = static_at(p.dequant.v, kPerChannel ? channel : item.head);
+      if constexpr (kZeroPoints) sh.value_zero[d] = static_at(p.dequant.v_zp, channel);
+    }
+  }
+}

@@ -53,19 +53,6 @@ __device__ __forceinline__ Request read_request(const Params& p, int b) {
   return r;
 }
 
-// Sum over the block, for every thread.
-__device__ __forceinline__ u32 block_sum(u32 x, u32* scratch) {
-#pragma unroll
-  for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  u32 sum = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += scratch[w];
-  __syncthreads();
-  return sum;
-}
-
 // Inclusive prefix sum over the block's threads.
 __device__ __forceinline__ u32 block_scan(u32 x, u32* scratch) {
   const int lane = threadIdx.x % 32;

@@ -47,16 +47,28 @@ struct WarpState {
   }
 };
 
-// Query fragments: in registers where they are few, else from shared memory at each use.
+// Query fragments: in registers where they are few, else from shared memory at each use. And what
+// turns this lane's two rows' products into scores, x = s * factor - shift.
 struct Query {
   static constexpr bool kHeld = kColumns == 1 && kD <= 128;
   uint2 held[kHeld ? kDimSteps : 1];
+  float factor[kColumns][2];
+  float shift[kColumns][2];
   const Shared& sh;
 
   __device__ __forceinline__ Query(const Shared& sh) : sh(sh) {
     if constexpr (kHeld) {
 #pragma unroll
       for (int s = 0; s < kDimSteps; ++s) held[s] = sh.q[s][0][threadIdx.x % 32];
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = 8 * c + threadIdx.x % 4 * 2 + i;
+        factor[c][i] = sh.factor[row];
+        shift[c][i] = kZeroPoints ? sh.factor[row] * sh.zero[row] : 0.f;
+      }
     }
   }
   __device__ __forceinline__ uint2 at(int step, int column) const {
@@ -181,39 +193,61 @@ __device__ __forceinline__ float over_keys(const Scores& s, int c, int i) {
   return top;
 }
 
-// Scores in units of log 2, hidden keys at -inf. `k_scale` is of the lane's token, as token_scale.
-__device__ __forceinline__ void finish_scores(Scores& s, const Params& p, const Shared& sh,
-                                              const TileMask& mask, float k_scale) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+// tanh(x) = 1 - 2 / (1 + e^2x), with x in units of the cap.
+__device__ __forceinline__ void cap_scores(Scores& s, float cap) {
 #pragma unroll
   for (int block = 0; block < F::kBlocks; ++block) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int place = 16 * block + 8 * half + g, key = mask.token + place;
-      float per_key = 1.f;
-      if constexpr (kPagedScales) per_key = __shfl_sync(~0u, k_scale, place);
+    for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const float2 factor = *reinterpret_cast<const float2*>(&sh.factor[8 * c + 2 * t]);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[block][c][2 * half + i];
-          if constexpr (kZeroPoints) x -= sh.zero[8 * c + 2 * t + i];
-          x *= i == 0 ? factor.x : factor.y;
-          if constexpr (kPagedScales) x *= per_key;
-          if (p.soft_cap != 0.f) {
-            // tanh(x) = 1 - 2 / (1 + e^2x), with x in units of the cap.
-            x = p.soft_cap * kLog2e * (1.f - 2.f / (1.f + exp2_fast(2.f * kLog2e * x)));
-          }
-          if (!mask.clean) {
-            const int row = 8 * c + 2 * t + i;
-            const bool seen = key >= sh.low[row] && key < sh.high[row] && mask.there[block];
-            x = seen ? x : MINUS_INFINITY;
-          }
-        }
+      for (int i = 0; i < 4; ++i) {
+        const float grown = exp2_fast(2.f * kLog2e * s[block][c][i]);
+        s[block][c][i] = cap * kLog2e * (1.f - __fdividef(2.f, 1.f + grown));
       }
     }
   }
+}
+
+__device__ __forceinline__ void hide_scores(Scores& s, const Shared& sh, const TileMask& mask) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int low = sh.low[8 * c + 2 * t + i], high = sh.high[8 * c + 2 * t + i];
+#pragma unroll
+      for (int j = 0; j < 2 * F::kBlocks; ++j) {
+        const int key = mask.token + 8 * j + g;
+        const bool seen = key >= low && key < high && mask.there[j / 2];
+        float& x = s[j / 2][c][j % 2 * 2 + i];
+        x = seen ? x : MINUS_INFINITY;
+      }
+    }
+  }
+}
+
+// Scores in units of log 2, hidden keys at -inf. `k_scale` is of the lane's token, as token_scale.
+__device__ __forceinline__ void finish_scores(Scores& s, const Params& p, const Shared& sh,
+                                              const Query& query, const TileMask& mask,
+                                              float k_scale) {
+  const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int j = 0; j < 2 * F::kBlocks; ++j) {
+    [[maybe_unused]] float per_key = 1.f;
+    if constexpr (kPagedScales) per_key = __shfl_sync(~0u, k_scale, 8 * j + g);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& x = s[j / 2][c][j % 2 * 2 + i];
+        x = kZeroPoints ? __fmaf_rn(x, query.factor[c][i], -query.shift[c][i])
+                        : x * query.factor[c][i];
+        if constexpr (kPagedScales) x *= per_key;
+      }
+    }
+  }
+  if (p.soft_cap != 0.f) cap_scores(s, p.soft_cap);
+  if (!mask.clean) hide_scores(s, sh, mask);
 }
 
 // With a scale per token, O has a maximum of its own: `x` holds s + log2(scale), becomes weights.
@@ -312,9 +346,8 @@ __device__ __forceinline__ void soften(WarpState& w, Scores& s, Weights& b, floa
 }
 
 __device__ __forceinline__ void attend_tile(WarpState& w, const Params& p, const Shared& sh,
-                                            const Query& query, const Stream& stream,
-                                            const Bounds& see, int tile, float k_scale,
-                                            float v_scale) {
+                                            const Query& query, Stream& stream, const Bounds& see,
+                                            int tile, float k_scale, float v_scale) {
   TileMask mask;
   mask.token = stream.token(tile);
   mask.clean = mask.token >= see.clean_low && mask.token + kTile <= see.clean_high;
@@ -324,14 +357,20 @@ __device__ __forceinline__ void attend_tile(WarpState& w, const Params& p, const
     mask.clean = mask.clean && mask.there[i];
   }
   const u32 k_tile = stream.stage(tile), v_tile = k_tile + kTileBytes;
+  stream.wait();
   Scores scores = {};
   multiply_keys(scores, query, k_tile);
-  finish_scores(scores, p, sh, mask, k_scale);
+  __syncwarp();
+  stream.issue_keys(tile + kStages);
+  finish_scores(scores, p, sh, query, mask, k_scale);
   Weights weights;
   soften(w, scores, weights, v_scale);
+  stream.wait();
   if (F::kMayBeNotFinite && !mask.clean && any_not_finite(v_tile)) {
     add_values_by_row(w, weights, v_tile, sh, mask.token);
   } else {
     add_values(w, weights, v_tile);
   }
+  __syncwarp();
+  stream.issue_values(tile + kStages);
 }
