@@ -87,7 +87,7 @@ def require_contiguous(checker: "Checker", tensors: Mapping[str, Any]) -> None:
     """Refuse, by name, small tensors that do not lie in one dense piece; None is none."""
     strides_of = library(checker).strides
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None or 0 in tensor.shape:
             continue
         want = 1
         strides = strides_of(tensor)
@@ -105,6 +105,8 @@ def row_strides(checker: "Checker", name: str, tensor: Any, unit: int = VECTOR) 
     *outer, last = library(checker).strides(tensor)
     *sizes, width = tensor.shape
     item = ITEMSIZE[checker.dtype(name)]
+    if 0 in tensor.shape:
+        return tuple(outer)
     if last != 1 and width > 1:
         raise unsupported(checker, name, "a last axis of stride 1 on a GPU", _spell((*outer, last)))
     for size, stride in zip(sizes, outer, strict=True):
