@@ -5,6 +5,7 @@
 
 #include "common/e4m3.cuh"
 #include "common/multipliers.cuh"
+#include "fragments/eight_bit.cuh"
 #include "common/rounding.cuh"
 
 template <class T> struct Limits;
@@ -19,6 +20,7 @@ template <> struct Limits<Fp16> {
 };
 
 struct Codec {
+  template <int D> using Fragments = EightBit<E4m3Expand, D>;
   static constexpr int kBits = 8;
   static constexpr Scales kScales = Scales::kPaged;
   static constexpr bool kZeroPoint = false;

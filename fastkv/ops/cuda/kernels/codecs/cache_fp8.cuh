@@ -4,8 +4,10 @@
 
 #include "common/e4m3.cuh"
 #include "common/multipliers.cuh"
+#include "fragments/eight_bit.cuh"
 
 struct Codec {
+  template <int D> using Fragments = EightBit<E4m3Expand, D>;
   static constexpr int kBits = 8;
   static constexpr Scales kScales = Scales::kStatic;
   static constexpr bool kZeroPoint = false;

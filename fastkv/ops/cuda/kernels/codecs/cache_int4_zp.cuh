@@ -4,9 +4,11 @@
 #pragma once
 
 #include "common/multipliers.cuh"
+#include "fragments/four_bit.cuh"
 #include "common/rounding.cuh"
 
 struct Codec {
+  template <int D> using Fragments = FourBit<D>;
   static constexpr int kBits = 4;
   static constexpr Scales kScales = Scales::kStatic;
   static constexpr bool kZeroPoint = true;

@@ -3,9 +3,11 @@
 #pragma once
 
 #include "common/multipliers.cuh"
+#include "fragments/eight_bit.cuh"
 #include "common/rounding.cuh"
 
 struct Codec {
+  template <int D> using Fragments = EightBit<Int8Expand, D>;
   static constexpr int kBits = 8;
   static constexpr Scales kScales = Scales::kStatic;
   static constexpr bool kZeroPoint = false;

@@ -3,9 +3,11 @@
 #pragma once
 
 #include "common/multipliers.cuh"
+#include "fragments/sixteen_bit.cuh"
 
 struct Codec {
   using Storage = FASTKV_STORAGE;
+  template <int D> using Fragments = SixteenBit<Storage, D>;
   static constexpr int kBits = 8 * int(sizeof(Storage));
   static constexpr Scales kScales = Scales::kNone;
   static constexpr bool kZeroPoint = false;
