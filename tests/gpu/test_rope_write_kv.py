@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastkv import ops
+from fastkv import Rope, ops
 from fastkv.errors import UnsupportedError
 from helpers import gpu
 from helpers.batches import VARIANTS, case_id, clone, floats, make_batch, running_sum
@@ -246,15 +246,11 @@ def test_what_the_kernel_does_not_serve_is_refused_by_name(argument):
     assert_same(there.k, before)
 
 
-def grown(batch, steps):
-    """The batch's lengths, later."""
-    return batch.with_(cache_seqlens=batch.cache_seqlens + np.int32(steps))
-
-
 def test_a_captured_graph_replays_as_lengths_grow_torch():
     import torch
 
     batch = make_batch(np.random.default_rng(71), "block_wise_fp8", new=(1, 1, 1))
+    batch = batch.with_(rope=Rope.from_theta(10000.0, 64, 64))
     rope = put(batch.rope, "torch")
     qkv, meta = put(batch.qkv, "torch"), put(batch.meta, "torch")
     cache = put(batch.cache, "torch")
@@ -264,7 +260,7 @@ def test_a_captured_graph_replays_as_lengths_grow_torch():
         q = ops.rope_write_kv(qkv, cache, **meta, rope=rope)
     want = clone(batch.cache)
     for step in range(2):
-        later = grown(batch, -step)
+        later = batch.with_(cache_seqlens=batch.cache_seqlens + np.int32(step))
         meta["cache_seqlens"].copy_(put(later.cache_seqlens, "torch"))
         graph.replay()
         torch.cuda.synchronize()
@@ -332,6 +328,7 @@ ops.rope_write_kv(qkv, cache, **batch, block_table=ints(0, 1).reshape(2, 1))
 for argument, changed in {
     "block_table of request 1": {"block_table": ints(0, 9).reshape(2, 1)},
     "cache_seqlens[0] of request 0": {"cache_seqlens": ints(16, 5)},
+    "cu_seqlens_q at request 1": {"cu_seqlens_q": ints(0, 2, 1)},
 }.items():
     arguments = {**batch, "block_table": ints(0, 1).reshape(2, 1), **changed}
     try:
