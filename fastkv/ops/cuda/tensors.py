@@ -229,12 +229,17 @@ def static_names(quant: "QuantSpec", direction: str) -> tuple[str | None, ...]:
     return tuple(name if name in quant.static_fields else None for name in fields)
 
 
-def static_pointers(cache: "LayerCache", names: Sequence[str | None], pointer: Any) -> list[int]:
+def static_pointers(
+    cache: "LayerCache", names: Sequence[str | None], pointer: Any
+) -> Sequence[int]:
     """`StaticPointers`: addresses of a layer's static arrays, 0 where there is none."""
     static = cache.static
+    if static is None:
+        return _NO_STATIC
     return [0 if name is None else pointer(getattr(static, name)) for name in names]
 
 
+_NO_STATIC = (0, 0, 0, 0)
 #: Names of `static_pointers` in errors.
 STATIC_ARGUMENTS = (
     "cache.static (K)",
