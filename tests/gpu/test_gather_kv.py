@@ -213,3 +213,40 @@ def test_write_then_gather_gives_back_what_was_written():
     _, k, v = batch.heads(np.float32)
     assert_same(outs["out_k"], k)
     assert_same(outs["out_v"], v)
+
+
+def test_faults_are_reported_when_asked_for(run_python):
+    run_python(FAULTY, FASTKV_CHECK="1")
+
+
+FAULTY = """
+import numpy as np
+from fastkv import CacheSpec, LayerCache, arrays, ops
+from fastkv.errors import BatchValueError
+
+def put(array):
+    return arrays.convert(array, "cupy", "cuda:0")
+
+spec = CacheSpec(1, 2, 64, 16, "none", "float16")
+cache = LayerCache(spec, 0, *spec.allocate(4, "cupy", "cuda:0"))
+ints = lambda *values: put(np.array(values, np.int32))
+legal = {"cache_seqlens": ints(3, 5), "cu_seqlens_k": ints(0, 3, 9)}
+legal |= {"block_table": ints(0, 1).reshape(2, 1)}
+legal |= {name: put(np.zeros((9, 2, 64), np.float16)) for name in ("out_k", "out_v")}
+ops.gather_kv(cache, **legal)
+ops.gather_kv(cache, **{**legal, "block_table": ints(0, -1).reshape(2, 1)})
+ops.gather_kv(cache, **{**legal, "cu_seqlens_k": ints(0, 0, 9)})
+for argument, changed in {
+    "block_table of request 1": {"block_table": ints(0, 4).reshape(2, 1)},
+    "cache_seqlens[0] of request 0": {"cache_seqlens": ints(17, 5)},
+    "cu_seqlens_k of request 1": {"cu_seqlens_k": ints(0, 4, 8)},
+    "cu_seqlens_k of request 0": {"cu_seqlens_k": ints(-1, 3, 9)},
+}.items():
+    try:
+        ops.gather_kv(cache, **{**legal, **changed})
+    except BatchValueError as error:
+        assert error.argument == argument, error
+        assert error.op == "gather_kv"
+    else:
+        raise AssertionError(f"{argument}: nothing raised")
+"""

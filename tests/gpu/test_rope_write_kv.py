@@ -324,13 +324,19 @@ cache = LayerCache(spec, 0, *spec.allocate(4, "cupy", "cuda:0"))
 ints = lambda *values: put(np.array(values, np.int32))
 qkv = put(np.ones((2, 6 * 64), np.float16))
 batch = {"cu_seqlens_q": ints(0, 1, 2), "cache_seqlens": ints(3, 5)}
-ops.rope_write_kv(qkv, cache, **batch, block_table=ints(0, 1).reshape(2, 1))
+pages = {"block_table": ints(0, 1).reshape(2, 1)}
+outs = {name: put(np.zeros((6, 2, 64), np.float16)) for name in ("out_k", "out_v")}
+ops.rope_write_kv(qkv, cache, **batch, **pages)
+# No fault: a dropped write, and a request that takes no part in out_k and out_v.
+ops.rope_write_kv(qkv, cache, **batch, block_table=ints(0, -1).reshape(2, 1))
+ops.rope_write_kv(qkv, cache, **batch, **pages, **outs, cu_seqlens_k=ints(0, 0, 6))
 for argument, changed in {
     "block_table of request 1": {"block_table": ints(0, 9).reshape(2, 1)},
     "cache_seqlens[0] of request 0": {"cache_seqlens": ints(16, 5)},
     "cu_seqlens_q at request 1": {"cu_seqlens_q": ints(0, 2, 1)},
+    "cu_seqlens_k of request 1": {**outs, "cu_seqlens_k": ints(0, 0, 5)},
 }.items():
-    arguments = {**batch, "block_table": ints(0, 1).reshape(2, 1), **changed}
+    arguments = {**batch, **pages, **changed}
     try:
         ops.rope_write_kv(qkv, cache, **arguments)
     except BatchValueError as error:
