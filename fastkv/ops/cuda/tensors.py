@@ -87,7 +87,7 @@ def require_contiguous(checker: "Checker", tensors: Mapping[str, Any]) -> None:
     """Refuse, by name, small tensors that do not lie in one dense piece; None is none."""
     strides_of = library(checker).strides
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None or 0 in tensor.shape:
             continue
         want = 1
         strides = strides_of(tensor)
@@ -105,6 +105,8 @@ def row_strides(checker: "Checker", name: str, tensor: Any, unit: int = VECTOR) 
     *outer, last = library(checker).strides(tensor)
     *sizes, width = tensor.shape
     item = ITEMSIZE[checker.dtype(name)]
+    if 0 in tensor.shape:
+        return tuple(outer)
     if last != 1 and width > 1:
         raise unsupported(checker, name, "a last axis of stride 1 on a GPU", _spell((*outer, last)))
     for size, stride in zip(sizes, outer, strict=True):
@@ -227,12 +229,17 @@ def static_names(quant: "QuantSpec", direction: str) -> tuple[str | None, ...]:
     return tuple(name if name in quant.static_fields else None for name in fields)
 
 
-def static_pointers(cache: "LayerCache", names: Sequence[str | None], pointer: Any) -> list[int]:
+def static_pointers(
+    cache: "LayerCache", names: Sequence[str | None], pointer: Any
+) -> Sequence[int]:
     """`StaticPointers`: addresses of a layer's static arrays, 0 where there is none."""
     static = cache.static
+    if static is None:
+        return _NO_STATIC
     return [0 if name is None else pointer(getattr(static, name)) for name in names]
 
 
+_NO_STATIC = (0, 0, 0, 0)
 #: Names of `static_pointers` in errors.
 STATIC_ARGUMENTS = (
     "cache.static (K)",

@@ -131,6 +131,9 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, 1024 / (32 * kWarps))
   wait_for_previous_kernel();
   let_next_kernel_start();
   const i32 row = blockIdx.x * kWarps + threadIdx.x / 32;
+  if (row == 0) {
+    check_sums(p.cu_seqlens_k, p.table.requests, p.rows, kFaultSegment, p.faults);
+  }
   if (row >= p.rows) return;
   const i32 b = last_at_most(p.cu_seqlens_k, p.table.requests + 1, row);
   if (b < 0 || b >= p.table.requests) return;

@@ -350,6 +350,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, FASTKV_RESIDENT / kThread
   const i32 row = blockIdx.x;
   const Qkv* qkv = static_cast<const Qkv*>(p.qkv) + row * p.qkv_row;
   const i32 heads = p.query_heads + 2 * p.kv_heads;
+  if (row == 0 && warp == 0) {
+    check_sums(p.cu_seqlens_q, p.table.requests, p.rows, kFaultQuerySum, p.faults);
+  }
 
   for (i32 base = warp * Layout::kRows; base < heads; base += kStride * kUnroll) {
     u32 raw[kUnroll][2][kRowWords] = {};

@@ -70,3 +70,14 @@ __device__ __forceinline__ i32 last_at_most(const i32* sums, i32 count, i32 x) {
   const bool is_below = lane < count && sums[first + lane] <= x;
   return first - 1 + __popc(__ballot_sync(kAllLanes, is_below));
 }
+
+// Reports where `sums[0 .. requests]` decreases or leaves 0 .. rows. For one warp of the grid, and
+// only where somebody asked.
+__device__ __forceinline__ void check_sums(const i32* sums, i32 requests, i32 rows, Fault fault,
+                                           i32* faults) {
+  if (faults == nullptr) return;
+  for (i32 b = threadIdx.x % 32; b < requests; b += 32) {
+    const i32 first = sums[b], last = sums[b + 1];
+    if (first < 0 || last < first || last > rows) report_fault(faults, fault, b);
+  }
+}
