@@ -133,7 +133,7 @@ def run_case(found: Report, case: Case) -> None:
         return
     if not any(found.wants(case.shape(page)) for page in pages):
         return
-    figures: dict[str, dict[str, float]] = {}
+    figures: dict[str, dict[str, Timing]] = {}
     # Formats that a peer reads come first: the others are held against its figures of 8 bits.
     for fmt in sorted(found.formats, key=lambda fmt: peer_format(fmt) != fmt.label):
         name = peer_format(fmt)
@@ -151,9 +151,9 @@ def run_case(found: Report, case: Case) -> None:
             torch.cuda.empty_cache()
 
 
-def peer_figures(times: dict[str, Timing]) -> dict[str, float]:
-    """Microseconds of the peers among the contenders."""
-    return {name: time.us for name, time in times.items() if not name.startswith(OWN)}
+def peer_figures(times: dict[str, Timing]) -> dict[str, Timing]:
+    """The peers among the contenders."""
+    return {name: time for name, time in times.items() if not name.startswith(OWN)}
 
 
 def peer_format(fmt: Format) -> str:
@@ -240,7 +240,7 @@ def add_rows(
     fmt: Format,
     pages: tuple[int, ...],
     times: dict[str, Timing],
-    figures: dict[str, float],
+    figures: dict[str, Timing],
 ) -> None:
     """One row a page size, against the best figure of the peers at any page size."""
     token_bytes = Pool.bytes_per_token_of(fmt, case.heads[1], case.dim)

@@ -151,7 +151,7 @@ def check(
 def add_rows(
     found: Report, case: Case, fmt: Format, pages: list[int], times: dict[str, Timing]
 ) -> None:
-    figures = {name: time.us for name, time in times.items() if name.startswith(PEER)}
+    figures = {name: time for name, time in times.items() if name.startswith(PEER)}
     for page in pages:
         own = times.get(f"{OWN} P{page}")
         if own is not None:

@@ -37,19 +37,20 @@ def main(argv: list[str] | None = None, timer: Timer | None = None, device: str 
     return found
 
 
-def run(found: Report, fmt: Format, page: int, figures: dict[str, float]) -> None:
+def run(found: Report, fmt: Format, page: int, figures: dict[str, Timing]) -> None:
     """One row an op."""
     shape = f"{REQUESTS}x{CONTEXT} Hq{HQ} Hkv{HKV} D{D} P{page}"
     if not found.wants(shape):
         return
     pool = Pool.random(fmt, HKV, D, REQUESTS * CONTEXT, 1, found.device)
     batch = Batch.make(REQUESTS, 1, CONTEXT, page, found.device)
+    beside = {name: time.us for name, time in figures.items()}
     for op, call in calls(pool, batch, found.device):
         cost = found.attempt(f"{op} {fmt.label} {shape}", partial(cost_of, found, call))
         if cost is not None:
             peer = PEER_OF.get(op, "")
             own = {peer: figures[peer]} if peer in figures else None
-            found.add(op, fmt.label, shape, cost, 0, own, beside=figures)
+            found.add(op, fmt.label, shape, cost, 0, own, beside=beside)
 
 
 def cost_of(found: Report, call: Callable[[], Any], calls: int = CALLS) -> Timing:
@@ -90,7 +91,7 @@ def calls(
     yield "copy_pages", partial(ops.copy_pages, layer, pages[:2], pages[2:])
 
 
-def peer_figures(found: Report) -> dict[str, float]:
+def peer_figures(found: Report) -> dict[str, Timing]:
     """FlashInfer's plan(), run() and append(), and one call of PyTorch's attention."""
     times = {}
     for name, make in PEERS.items():
@@ -98,7 +99,7 @@ def peer_figures(found: Report) -> dict[str, float]:
     for name, time in times.items():
         if time is not None:
             print(f"{name}: {time.us:.1f} us", flush=True)
-    return {name: time.us for name, time in times.items() if time is not None}
+    return {name: time for name, time in times.items() if time is not None}
 
 
 def _decode(device: torch.device) -> tuple[Any, tuple[Any, ...], torch.Tensor, torch.Tensor]:

@@ -20,11 +20,12 @@ from fastkv import Rope, ops
 from gpu import ceilings, peers, report
 from gpu.data import FORMATS, Batch, Format, Pool, relative_difference
 from gpu.report import OWN, Report
-from gpu.timing import Timer, rotations
+from gpu.timing import Timer, Timing, rotations
 
 OP = "rope_write_kv"
 HQ, HKV, D = 32, 8, 128
 FUSED = "rope_quantize_fp8_append"
+APPEND = "append (copies K and V)"
 WITH_INDEX = f"{FUSED} + index"
 # Up to this many tokens the index kernel is timed with the fused op.
 INDEX_UP_TO = 128
@@ -87,37 +88,47 @@ def main(
 
 
 def run_case(found: Report, case: Case) -> None:
+    """Everything of one case takes turns: every format, the peers, the copies."""
     pages = [page for page in found.pages if found.wants(case.shape(page))]
     if not pages:
         return
-    figures: dict[str, float] = {}
-    copies: dict[str, float] = {}
+    contenders: dict[str, Any] = {}
+    for fmt in found.formats:
+        contenders |= own_contenders(found, case, fmt, pages)
     if found.with_peers:
         for page in found.pages:
-            for name, us in peer_figures(found, case, page).items():
-                figures[f"{name} P{page}"] = us
-        if found.device.type == "cuda":
-            copies = copy_rates(found, case)
+            contenders |= peer_contenders(found, case, page)
+    if found.device.type == "cuda":
+        contenders |= copy_contenders(found, case)
+    add_rows(found, case, pages, found.measure(contenders, f"{OP} {case.shape(pages[0])}"))
+    del contenders
+    if found.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def add_rows(found: Report, case: Case, pages: list[int], times: dict[str, Timing]) -> None:
+    beside = {name: time.us for name, time in times.items() if not name.startswith(OWN)}
+    copies = [us for name, us in beside.items() if name.startswith("copy")]
+    more: dict[str, Any] = {"beside": beside}
+    if copies:
+        more["copy_TBps"] = 2 * copied(case) / min(copies) / 1e6
+    peer = governing(case, times)
     for fmt in found.formats:
-        times = run_format(found, case, fmt, pages)
         for page in pages:
-            own = times.get(f"{OWN} P{page}")
+            own = times.get(f"{OWN} {fmt.label} P{page}")
             if own is not None:
-                size, peer = case.bytes_moved(fmt), governing(case, figures)
-                more = {"beside": figures, **copies}
+                size = case.bytes_moved(fmt)
                 found.add(OP, fmt.label, case.shape(page), own, size, peer, **more)
-        if found.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
-def governing(case: Case, figures: dict[str, float]) -> dict[str, float]:
+def governing(case: Case, figures: dict[str, Timing]) -> dict[str, Timing]:
     """The figures that count: the fused op, with its index kernel where that is short.
 
     The index kernel gives each request to one block, so for one long request it would take as long
     as the op itself; leaving it out there favours the peer.
     """
     wanted = WITH_INDEX if case.total <= INDEX_UP_TO else FUSED
-    return {name: us for name, us in figures.items() if name.rpartition(" ")[0] == wanted}
+    return {name: time for name, time in figures.items() if name.rpartition(" ")[0] == wanted}
 
 
 def make_inputs(found: Report, case: Case, fmt: Format) -> Inputs:
@@ -135,18 +146,18 @@ def make_rope(case: Case, device: torch.device) -> Rope:
     return Rope(cos, sin)
 
 
-def run_format(found: Report, case: Case, fmt: Format, pages: list[int]) -> dict[str, Any]:
+def own_contenders(
+    found: Report, case: Case, fmt: Format, pages: list[int]
+) -> dict[str, list[Callable[[], Any]]]:
     where = f"{OP} {fmt.label} {case.shape(pages[0])}"
     inputs = found.attempt(where, partial(make_inputs, found, case, fmt))
-    if inputs is None:
-        return {}
     contenders = {}
-    for page in pages:
+    for page in pages if inputs is not None else ():
         batch = Batch.make(case.requests, case.tokens, case.tokens, page, found.device)
         calls = own_calls(inputs, batch)
         if found.attempt(f"{where} {OWN} P{page}", calls[0]) is not None:
-            contenders[f"{OWN} P{page}"] = calls
-    return found.measure(contenders, where)
+            contenders[f"{OWN} {fmt.label} P{page}"] = calls
+    return contenders
 
 
 def own_calls(inputs: Inputs, batch: Batch) -> list[Callable[[], torch.Tensor]]:
@@ -157,16 +168,15 @@ def own_calls(inputs: Inputs, batch: Batch) -> list[Callable[[], torch.Tensor]]:
     ]
 
 
-def peer_figures(found: Report, case: Case, page: int) -> dict[str, float]:
-    """FlashInfer's three figures at one page size."""
-    times = {}
-    for fmt, names in (("none", ("append (copies K and V)",)), ("cache_fp8", (FUSED, WITH_INDEX))):
+def peer_contenders(found: Report, case: Case, page: int) -> dict[str, Any]:
+    """FlashInfer's three at one page size."""
+    contenders = {}
+    for fmt, names in (("none", (APPEND,)), ("cache_fp8", (FUSED, WITH_INDEX))):
         where = f"{names[0]} {case.shape(page)}"
         calls = found.attempt(where, partial(peer_calls, found, case, FORMATS[fmt], page))
-        times |= found.measure(dict(zip(names, calls or (), strict=False)), where)
-        if found.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return {name: time.us for name, time in times.items()}
+        for name, own in zip(names, calls or (), strict=False):
+            contenders[f"{name} P{page}"] = own
+    return contenders
 
 
 def peer_calls(found: Report, case: Case, fmt: Format, page: int) -> tuple[list[Any], ...]:
@@ -216,9 +226,14 @@ def check(
         found.failed(FUSED, ValueError(f"its K differs from fastkv's by {off:.3g} of the norm"))
 
 
-def copy_rates(found: Report, case: Case) -> dict[str, float]:
-    """TB/s of copies that move as many bytes as the op does at 8 bits, rotated alike."""
-    half = case.bytes_moved(FORMATS["cache_fp8"]) // 2 // 16 * 16
+def copied(case: Case) -> int:
+    """Bytes that a copy reads, and writes, to move what the op does at 8 bits."""
+    return case.bytes_moved(FORMATS["cache_fp8"]) // 2 // 16 * 16
+
+
+def copy_contenders(found: Report, case: Case) -> dict[str, Any]:
+    """Copies of the op's size, rotated alike: what is possible at this size."""
+    half = copied(case)
     pairs = [
         [torch.empty(half, dtype=torch.uint8, device=found.device).random_() for _ in range(2)]
         for _ in range(rotations(2 * half, found.device))
@@ -228,10 +243,8 @@ def copy_rates(found: Report, case: Case) -> dict[str, float]:
         "copy kernel", lambda: [ceilings.copy_kernel(a, b, 4) for a, b in pairs]
     )
     if kernels:
-        contenders["copy_kernel"] = kernels
-    times = found.measure(contenders, f"copy {case.shape(0)}")
-    rates = [2 * half / time.us / 1e6 for time in times.values()]
-    return {"copy_TBps": max(rates)} if rates else {}
+        contenders["copy kernel"] = kernels
+    return contenders
 
 
 if __name__ == "__main__":

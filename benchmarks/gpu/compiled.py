@@ -45,9 +45,8 @@ def fetch(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 def unpack(codes: torch.Tensor) -> torch.Tensor:
     """Two's-complement nibbles, the low one first, as float32."""
-    signed = codes.view(torch.int8)
-    low = torch.bitwise_right_shift(torch.bitwise_left_shift(signed, 4), 4)
-    high = torch.bitwise_right_shift(signed, 4)
+    wide = codes.int()
+    low, high = (((nibble & 15) ^ 8) - 8 for nibble in (wide, wide >> 4))
     return torch.stack([low, high], dim=-1).flatten(-2).float()
 
 

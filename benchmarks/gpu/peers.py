@@ -34,9 +34,11 @@ def _workspace(name: str, device: torch.device) -> torch.Tensor:
 
 
 def _nhd(pool: Pool, page: int, index: int) -> torch.Tensor:
-    """`[N, 2, P, Hkv, D]`, a copy."""
-    k, v = (pool.paged(x, page, index) for x in (pool.k, pool.v))
-    return torch.stack([x.transpose(1, 2) for x in (k, v)], dim=1).contiguous()  # type: ignore[union-attr]
+    """`[N, 2, P, Hkv, D]`, a copy; one-byte types by their bytes, which every function takes."""
+    dtype = pool.k.dtype
+    bits = torch.uint8 if dtype.itemsize == 1 else dtype
+    sides = [pool.paged(x, page, index).view(bits).transpose(1, 2) for x in (pool.k, pool.v)]
+    return torch.stack(sides, dim=1).view(dtype)
 
 
 def pages_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -46,7 +46,7 @@ class Report:
     rows: list[dict[str, Any]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     ceilings: dict[str, float] = field(default_factory=dict)
-    known: dict[tuple[str, str, str], dict[str, float]] = field(default_factory=dict)
+    known: dict[tuple[str, str, str], dict[str, Timing]] = field(default_factory=dict)
 
     @property
     def pages(self) -> tuple[int, ...]:
@@ -98,12 +98,13 @@ class Report:
         shape: str,
         own: Timing,
         size: int,
-        peers: Mapping[str, float] | None = None,
+        peers: Mapping[str, Timing] | None = None,
         **more: Any,
     ) -> None:
-        """Add a row against the fastest of `peers` (microseconds by name) and print it."""
+        """Add a row against the fastest of `peers` and print it."""
         peers = peers or self.known.get((op, fmt, shape), {})
-        peer = min(peers, key=lambda name: peers[name]) if peers else None
+        peer = min(peers, key=lambda name: peers[name].us) if peers else None
+        best = peers[peer] if peer else None
         row: dict[str, Any] = {
             "op": op,
             "format": fmt,
@@ -114,9 +115,10 @@ class Report:
             "bytes": size,
             "TBps": size / own.us / 1e6,
             "peer": peer,
-            "peer_us": peers[peer] if peer else None,
-            "ratio": peers[peer] / own.us if peer else None,
-            "peers": dict(peers),
+            "peer_us": best.us if best else None,
+            "peer_iqr_us": best.iqr if best else None,
+            "ratio": best.us / own.us if best else None,
+            "peers": {name: time.us for name, time in peers.items()},
             **more,
         }
         self.rows.append(row)
@@ -146,17 +148,17 @@ class Report:
 
 def line(row: Mapping[str, Any]) -> str:
     """A row on one line."""
-    text = f"{row['op']:<16}{row['format']:<20}{row['shape']:<42}{row['us']:>9.2f} us"
+    text = f"{row['op']:<17}{row['format']:<20}{row['shape']:<42}{row['us']:>9.2f} us"
     text += f" ±{row['iqr_us']:<6.2f}"
     if row["bytes"]:
         text += f"{row['TBps']:>6.2f} TB/s"
     if row.get("TFLOPs"):
         text += f"{row['TFLOPs']:>6.0f} TFLOP/s"
     if row["ratio"]:
-        text += f"  x{row['ratio']:.3f} of {row['peer']} {row['peer_us']:.2f}"
-    if row["mode"] not in ("graph", "eager"):
-        text += f" ({row['mode']})"
-    return text + ("  DISAGREES" if row.get("agrees") is False else "")
+        text += (
+            f"  x{row['ratio']:.3f} of {row['peer']} {row['peer_us']:.2f} ±{row['peer_iqr_us']:.2f}"
+        )
+    return text
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -192,7 +194,12 @@ def start(
     report = Report(name, arguments, timer or GraphTimer(arguments.replays), torch.device(device))
     if arguments.peer_figures is not None:
         earlier = json.loads(arguments.peer_figures.read_text("utf-8"))
-        report.known = {(r["op"], r["format"], r["shape"]): r["peers"] for r in earlier["rows"]}
+        report.known = {
+            (row["op"], row["format"], row["shape"]): {
+                name: Timing(us, 0.0, "earlier") for name, us in row["peers"].items()
+            }
+            for row in earlier["rows"]
+        }
     print(f"{name} on {device_name(report.device)}, {versions()}", flush=True)
     return report
 

@@ -9,6 +9,7 @@ resolution of the events and the start of the graph do not count.
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 from statistics import median, quantiles
 from time import perf_counter
@@ -68,8 +69,6 @@ class GraphTimer:
                     samples[name].append(us)
         for name, player in players.items():
             results[name] = _summary(samples[name], player.mode)
-        del players
-        gc.collect()  # graphs keep their memory pools
         return results
 
     def host_cost(self, call: Callable[[], Any], calls: int = 2000) -> Timing:
@@ -105,7 +104,7 @@ def _player(calls: Calls) -> _Player:
     probe = _capture(calls, len(calls))
     probe.replay()
     us = max(probe.replay(), 0.5)
-    wanted = round_up(min(MOST_CALLS, max(2, ceil(REPLAY_US / us))), len(calls))
+    wanted = round_up(min(MOST_CALLS, ceil(REPLAY_US / us)), len(calls))
     if probe.mode == "eager" or wanted == len(calls):
         return probe
     return _capture(calls, wanted)
@@ -116,15 +115,19 @@ def round_up(wanted: int, sets: int) -> int:
     return sets * ceil(wanted / sets)
 
 
+@cache
+def _stream() -> torch.cuda.Stream:
+    """The one stream of all warm-ups and captures: an op keeps a workspace for each stream."""
+    return torch.cuda.Stream()
+
+
 def _warm(calls: Calls) -> None:
-    """Twice on a stream of its own: compile, allocate, and fail here and not in a capture."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    """Compile, allocate, and fail here and not in a capture."""
+    _stream().wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(_stream()):
         for call in calls[:2]:
             call()
             call()
-    torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
 
 
@@ -135,13 +138,32 @@ def _capture(calls: Calls, count: int) -> _Player:
 
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            all_calls()
+        _record(graph, all_calls)
     except Exception as error:
         _recover()
         print(f"  no graph, timed eagerly: {error!r:.200}", flush=True)
         return _Player(all_calls, count, "eager", calls)
     return _Player(graph.replay, count, "graph", (graph, calls))
+
+
+def _record(graph: torch.cuda.CUDAGraph, work: Callable[[], None]) -> None:
+    """As `torch.cuda.graph`, which also collects garbage and empties the allocator's cache.
+
+    That takes longer than the measurement. What it is for, no object of CUDA destroyed during the
+    capture, comes from pausing the collector.
+    """
+    torch.cuda.synchronize()
+    gc.disable()
+    try:
+        with torch.cuda.stream(_stream()):
+            graph.capture_begin()
+            try:
+                work()
+            finally:
+                graph.capture_end()
+    finally:
+        gc.enable()
+    torch.cuda.synchronize()
 
 
 def _summary(samples: list[float], mode: str) -> Timing:
