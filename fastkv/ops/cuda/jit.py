@@ -46,6 +46,7 @@ class Specialization:
         """NVRTC's options; `arch` as `sm_90a`."""
         return (
             "-std=c++17",
+            "-default-device",  # generic lambdas have no place for __device__
             f"-arch={arch}",
             f"-I{kernel_folder()}",
             f"-DFASTKV_SOURCES={source_digest()}",
@@ -96,9 +97,10 @@ class DeviceFacts:
 @cache
 def device_facts(index: int) -> DeviceFacts:
     """Facts of device `index`."""
-    attributes = _cupy().cuda.Device(index).attributes
+    device = _cupy().cuda.Device(index)
+    attributes = device.attributes
     return DeviceFacts(
-        10 * attributes["ComputeCapabilityMajor"] + attributes["ComputeCapabilityMinor"],
+        int(device.compute_capability),
         attributes["MultiProcessorCount"],
         attributes["MaxSharedMemoryPerBlockOptin"],
         attributes["MaxSharedMemoryPerMultiprocessor"],
