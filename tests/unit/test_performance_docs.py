@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/performance.md stands for the committed results, and those for the kernels' sources."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from fastkv.ops.cuda import jit
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGEST = "0123456789abcdef"
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("performance", ROOT / "scripts/performance.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+performance = load_script()
+PAGE = performance.PAGE.read_text("utf-8")
+
+
+def test_page_shows_the_results_of_these_sources():
+    assert performance.problems(PAGE, performance.load(), jit.source_digest()) == []
+
+
+def test_picture_is_there_where_the_page_shows_it():
+    assert performance.PICTURE.exists() == ("](performance.svg)" in PAGE)
+
+
+def test_page_says_what_xqa_computes_with():
+    (note,) = [line for line in PAGE.split("\n") if line.startswith(performance.MARK)]
+    assert "XQA computes fp8 with e4m3 q and P" in note
+
+
+def row(op="paged_attention", fmt="none", shape="64x8192 Hq32 Hkv8 D128 P16", **more):
+    return {
+        "op": op,
+        "format": fmt,
+        "shape": shape,
+        "us": 700.0,
+        "iqr_us": 1.0,
+        "mode": "graph",
+        "bytes": 2**31,
+        "TBps": 2**31 / 700e6,
+        "peer": "XQA P64",
+        "peer_us": 714.0,
+        "ratio": 1.02,
+        "peers": {},
+        **more,
+    }
+
+
+def result(*rows):
+    return {
+        "command": "python benchmarks/bench_decode.py",
+        "commit": "abc1234",
+        "device": "A GPU",
+        "digest": DIGEST,
+        "versions": {"fastkv": "0", "torch": "2.11", "driver": "580"},
+        "ceilings": {"read_TBps": 3.11, "copy_TBps": 2.43},
+        "rows": list(rows),
+        "errors": [],
+    }
+
+
+@pytest.fixture
+def documents():
+    host = row("gather_kv", shape="64x128 Hq32 Hkv8 D128 P16", us=12.5, bytes=0, peer=None)
+    chunk = row(shape="8x512 over 8192 Hq32 Hkv8 D128 P16", TFLOPs=300.0, ratio=None, peer=None)
+    return {
+        "decode": result(
+            row(),
+            row(fmt="cache_fp8", us=400.0),
+            row(shape="64x8192 Hq32 Hkv8 D128 P64"),
+            row(shape="64x8192 Hq32 Hkv8 D128 P16 W1024", peer=None, ratio=None),
+            chunk,
+        ),
+        "write": result(row("rope_write_kv", shape="1x128 Hq32 Hkv8 D128 P16")),
+        "gather": result(row("gather_kv", shape="128 tokens Hkv8 D128 P16")),
+        "host": {**result(host), "ceilings": {}},
+    }
+
+
+def test_tables_name_shape_page_time_rate_and_peer(documents):
+    lines = performance.blocks(documents)["decode"].split("\n")
+    assert lines == [
+        "| Shape | Page | `none` | `cache_fp8` |",
+        "|---|---|---|---|",
+        "| 64 × 8192 Hq32 Hkv8 D128 | 16 | 700 µs<br>3.07 TB/s<br>**1.02 ×** XQA P64, 714 µs | "
+        "400 µs<br>3.07 TB/s<br>**1.02 ×** XQA P64 †, 714 µs |",
+        "| 64 × 8192 Hq32 Hkv8 D128 | 64 | 700 µs<br>3.07 TB/s<br>**1.02 ×** XQA P64, 714 µs | – |",
+        "| 64 × 8192 Hq32 Hkv8 D128 W1024 | 16 | 700 µs<br>3.07 TB/s | – |",
+        "| 8 × 512 over 8192 Hq32 Hkv8 D128 | 16 | 700 µs<br>300 TFLOP/s<br>3.07 TB/s | – |",
+    ]
+    assert "| `gather_kv` | 16 | 12.5 µs |" in performance.blocks(documents)["host"]
+
+
+def test_runs_name_device_sources_versions_and_command(documents):
+    text = performance.blocks(documents)["runs"]
+    for part in ("A GPU", DIGEST, "abc1234", "3.11, 2.43", "torch 2.11, driver 580", "–, –"):
+        assert part in text
+    assert text.count("python benchmarks/bench_decode.py") == 4
+
+
+@pytest.mark.parametrize(("us", "text"), [(714.4, "714"), (99.94, "99.9"), (3.456, "3.46")])
+def test_three_digits(us, text):
+    assert performance.number(us) == text
+
+
+def test_what_could_not_be_measured_is_listed(documents):
+    documents["decode"]["errors"] = ["none XQA P64: RuntimeError: no `mask`"]
+    text = performance.blocks(documents)["decode"]
+    assert text.endswith("- `none XQA P64: RuntimeError: no mask`")
+
+
+def test_a_written_page_has_no_problems_and_is_written_once(documents):
+    page = performance.rewrite(PAGE, performance.blocks(documents))
+    assert performance.problems(page, documents, DIGEST) == []
+    assert performance.rewrite(page, performance.blocks(documents)) == page
+    assert performance.rewrite(page, performance.blocks({})) == performance.rewrite(
+        PAGE, performance.blocks({})
+    )
+
+
+def test_results_of_other_sources_are_found(documents):
+    page = performance.rewrite(PAGE, performance.blocks(documents))
+    found = performance.problems(page, documents, "f" * 16)
+    assert len(found) == 5
+    assert found[0].startswith("benchmarks/results/decode.json: measured on sources 0123")
+    assert found[-1] == f"docs/performance.md quotes sources {DIGEST}, not {'f' * 16}"
+
+
+def test_a_digest_in_the_text_is_held_to_the_sources(documents):
+    page = performance.rewrite(PAGE, performance.blocks(documents)) + "\nOf `00000000000000aa`."
+    (found,) = performance.problems(page, documents, DIGEST)
+    assert "quotes sources 00000000000000aa" in found
+
+
+@pytest.mark.parametrize("figure", ["us", "TBps", "ratio", "peer_us"])
+def test_a_figure_that_differs_is_found(documents, figure):
+    page = performance.rewrite(PAGE, performance.blocks(documents))
+    changed = copy.deepcopy(documents)
+    changed["gather"]["rows"][0][figure] *= 1.1
+    assert performance.problems(page, changed, DIGEST) == [
+        "docs/performance.md: block gather is not what the results say"
+    ]
+
+
+def test_a_result_that_is_missing_is_found(documents):
+    page = performance.rewrite(PAGE, performance.blocks(documents))
+    del documents["write"]
+    found = performance.problems(page, documents, DIGEST)
+    assert [text.split()[2] for text in found] == ["runs", "write"]
+
+
+def test_results_are_read_by_name(tmp_path):
+    (tmp_path / "gather.json").write_text('{"rows": []}')
+    (tmp_path / "other.json").write_text("{}")
+    assert performance.load(tmp_path) == {"gather": {"rows": []}}
+
+
+def test_picture_is_the_same_each_time(documents, tmp_path):
+    first, second = tmp_path / "a.svg", tmp_path / "b.svg"
+    performance.draw(documents, first)
+    performance.draw(documents, second)
+    text = first.read_text("utf-8")
+    assert text == second.read_text("utf-8")
+    assert "attention 64 × 8192 Hq32 Hkv8 D128 W1024" in text
+    assert "cache_fp8" in text
