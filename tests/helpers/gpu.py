@@ -6,7 +6,9 @@ that poison stays what it is; 16-bit tensors in place of the float32 ones, which
 attention do not take.
 """
 
+import os
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -36,6 +38,35 @@ def bytes_of(tensor):
     return _host(tensor).tobytes()
 
 
+def assign(tensor, array):
+    """Write a NumPy array's bytes into a GPU tensor in place, on its library's current stream."""
+    if type(tensor).__module__.partition(".")[0] == "cupy":
+        tensor[...] = to_gpu(array, "cupy", f"cuda:{tensor.device.id}").view(tensor.dtype)
+    else:
+        moved = to_gpu(array, "torch", str(tensor.device))
+        tensor.copy_(moved.view(tensor.dtype))
+
+
+def tensors_in(value):
+    """Every GPU tensor within a call's arguments or results, in a fixed order."""
+    if _is_tensor(value):
+        return [value]
+    if isinstance(value, dict):
+        parts = list(value.values())
+    elif isinstance(value, list | tuple):
+        parts = list(value)
+    elif is_dataclass(value) and not isinstance(value, CacheSpec):
+        parts = [getattr(value, field.name) for field in fields(value) if field.init]
+    else:
+        parts = []
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+def snapshot(value):
+    """The bytes of every GPU tensor within."""
+    return [bytes_of(tensor) for tensor in tensors_in(value)]
+
+
 def synchronize(device=DEVICE):
     """Wait for everything on a device."""
     import cupy
@@ -59,6 +90,19 @@ def host_call(op, fmt="none", *, dtype="float16", **shape):
             with np.errstate(all="ignore"):
                 call.arguments[name] = call.arguments[name].astype(numpy_dtype(dtype))
     return call
+
+
+def map_tensors(value, change):
+    """The same with every GPU tensor changed; reaches as far as `tensors_in`."""
+    return (
+        change(value) if _is_tensor(value) else _map(value, lambda part: map_tensors(part, change))
+    )
+
+
+def with_helpers():
+    """The environment in which a new interpreter finds these helpers."""
+    tests = str(Path(__file__).resolve().parents[1])
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (tests, os.environ.get("PYTHONPATH"))))}
 
 
 def gpu_devices():
@@ -86,7 +130,8 @@ def _map(value, change):
 
 
 def _is_tensor(value):
-    return type(value).__module__.partition(".")[0] in {"cupy", "torch"} and hasattr(value, "shape")
+    library = type(value).__module__.partition(".")[0]
+    return library in {"cupy", "torch", "paddle"} and hasattr(value, "shape")
 
 
 def _host(tensor):
