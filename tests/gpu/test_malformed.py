@@ -145,6 +145,7 @@ def finish(seconds=30):
 CASES = [(fault, op) for fault in VALUE_FAULTS for op in fault.ops]
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("fmt", ["cache_int8", "cache_int4_zp", "block_wise_fp8"])
 @pytest.mark.parametrize(("fault", "op"), CASES, ids=[f"{op}-{f.name}" for f, op in CASES])
 def test_value_faults_do_no_harm(fault, op, fmt):
