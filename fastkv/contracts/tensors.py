@@ -87,6 +87,10 @@ class Checker:
         """Dtype of a tensor that was checked."""
         return self._dtypes[name]
 
+    def given(self, name: str) -> bool:
+        """Whether a tensor was given, and checked."""
+        return name in self._dtypes
+
     def optional(self, rule: Rule, array: Any) -> None:
         """Check a tensor that may be None."""
         if array is not None:

@@ -46,6 +46,7 @@ class Specialization:
         """NVRTC's options; `arch` as `sm_90a`."""
         return (
             "-std=c++17",
+            "-default-device",  # generic lambdas have no place for __device__
             f"-arch={arch}",
             f"-I{kernel_folder()}",
             f"-DFASTKV_SOURCES={source_digest()}",

@@ -49,11 +49,9 @@ class Kernel:
         threads: int,
         shared: int = 0,
     ) -> None:
-        self._struct = struct.Struct(f"={''.join(fields)}")
+        self._struct = _layout(fields)
         self._what, self._index = what, index
-        size = (("FASTKV_PARAMS_BYTES", str(self._struct.size)),)
-        whole = jit.Specialization(what.kernel, tuple(sorted(what.defines + size)))
-        self._function = jit.function(whole, index)
+        self._function = jit.function(completed(what, fields), index)
         if shared > 48 * 1024:
             self._function.max_dynamic_shared_size_bytes = shared
         self._driver = _driver()
@@ -81,7 +79,7 @@ class Kernel:
         _check(error, self._what.kernel)
         return int(blocks) * jit.device_facts(self._index).multiprocessors
 
-    def launch(self, stream: int, grid: int, *values: float) -> None:
+    def launch(self, stream: int, grid: int, *values: float | bytes) -> None:
         """Launch `grid` blocks on a stream of the kernel's device."""
         try:
             slot = self._local.slot
@@ -115,6 +113,16 @@ class Kernel:
         config.attrs, config.numAttrs = [attribute], 1
         self._local.keep = pointers
         return buffer, ctypes.addressof(pointers), config
+
+
+def completed(what: jit.Specialization, fields: Sequence[str]) -> jit.Specialization:
+    """With `FASTKV_PARAMS_BYTES`, the size of the parameter struct of these fields."""
+    size = (("FASTKV_PARAMS_BYTES", str(_layout(fields).size)),)
+    return jit.Specialization(what.kernel, tuple(sorted(what.defines + size)))
+
+
+def _layout(fields: Sequence[str]) -> struct.Struct:
+    return struct.Struct(f"={''.join(fields)}")
 
 
 def _check(error: Any, kernel: str) -> None:

@@ -10,8 +10,15 @@ using u64 = unsigned long long;
 using i32 = int;
 using i64 = long long;
 
-struct Bf16 { u16 bits; };
-struct Fp16 { u16 bits; };
+// kExponent: the bits that are all set in an infinity and a NaN.
+struct Bf16 {
+  static constexpr u32 kExponent = 0x7f80;
+  u16 bits;
+};
+struct Fp16 {
+  static constexpr u32 kExponent = 0x7c00;
+  u16 bits;
+};
 struct E4m3 { u8 bits; };
 
 __device__ __forceinline__ float bits_to_float(u32 x) { return __uint_as_float(x); }

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of new tokens over the pages of their requests: split over keys, merged in one launch.
+//
+// Grid: the blocks that are resident at once, or fewer; each finds its share from the lengths.
+// Block: 128 threads, 4 warps, each with kStages tiles of K and V of its own in shared memory.
+// Shared memory: Shared (shared.cuh), then the warps' stages.
+// Shapes: q [T, Hq, D], K and V [N, Hkv, P, D_storage] at any strides of 16 bytes, P a power of 2
+// and at least 16.
+//
+// A row's result depends on its request alone, bit for bit: keys fall into chunks at multiples of
+// C(L), tiles into warps by position, and states fold in one order (schedule.cuh, fold.cuh).
+#include "common/grid.cuh"
+#include "paged/tile.cuh"
+
+// The chunk's states of the four warps, to one; folded into the group's (`fold`), or to `to`.
+__device__ __forceinline__ void finish_chunk(const WarpState& w, Shared& sh, bool first, int& turn,
+                                             float* to) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    const int rows = min(sh.item.rows - 8 * c, 8);
+    if (rows <= 0) break;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const RowState row = w.row(c, i);
+      if (g == 0) sh.warp_row[warp][8 * c + 2 * t + i] = row;
+      if (2 * t + i < rows) {
+#pragma unroll
+        for (int d = 0; d < kDimSteps; ++d) {
+          sh.warp_sum[warp][2 * t + i][F::out_dim(d, g, 0)] = w.o[c][d][i];
+          sh.warp_sum[warp][2 * t + i][F::out_dim(d, g, 1)] = w.o[c][d][i + 2];
+        }
+      }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * kVectors; i += kThreads) {
+      const int row = i / kVectors, vector = i % kVectors, at = 8 * c + row;
+      RowState state = empty_row();
+      float4 sum = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int k = 0; k < kWarps; ++k) {
+        float a, b;
+        fold_rows(state, sh.warp_row[k][at], a, b);
+        const float4 x = *reinterpret_cast<const float4*>(&sh.warp_sum[k][row][4 * vector]);
+        sum = fold_sums(sum, a, x, b);
+      }
+      if (to != nullptr) {
+        __stcg(reinterpret_cast<float4*>(to + at * kD + 4 * vector), sum);
+        if (vector == 0) store_row(to, at, state);
+      } else {
+        float4& total = *reinterpret_cast<float4*>(&sh.sum[at][4 * vector]);
+        RowState before = first ? empty_row() : sh.row[turn][at];
+        float a, b;
+        fold_rows(before, state, a, b);
+        total = fold_sums(first ? float4{0.f, 0.f, 0.f, 0.f} : total, a, sum, b);
+        if (vector == 0) sh.row[1 - turn][at] = before;
+      }
+    }
+    __syncthreads();
+  }
+  turn = 1 - turn;
+}
+
+// Chunks [begin, end) of the item: this block's share of it.
+__device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, int end) {
+  const Bounds see = find_bounds(p, sh);
+  for (int c = threadIdx.x / 32; c < kColumns; c += kWarps) load_query(p, sh, c);
+  __syncthreads();
+  const Query query(sh);
+  const int chunk_tokens = sh.request.chunk, first = sh.request.chunk_first;
+  const int low = max(see.low, (first + begin) * chunk_tokens);
+  const int high = max(min(see.high, (first + end) * chunk_tokens), low);
+  u8* stages = reinterpret_cast<u8*>(&sh) + kSharedBytes;
+  stages += threadIdx.x / 32 * (kStages * kStageBytes);
+  Stream stream(p, sh, low, high, shared_address(stages));
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) stream.issue();
+
+  int tile = 0, turn = 0;
+  [[maybe_unused]] float k_scale = 0.f, v_scale = 0.f;
+  if constexpr (kPagedScales) {
+    __syncwarp();
+    stream.fetch_scales(0, k_scale, v_scale);
+  }
+  WarpState w;
+  for (int chunk = begin; chunk < end; ++chunk) {
+    w.clear();
+    const int stop = (first + chunk + 1) * chunk_tokens;
+    for (; tile < stream.tiles && stream.token(tile) < stop; ++tile) {
+      stream.wait();
+      stream.issue();
+      [[maybe_unused]] float next_k = 0.f, next_v = 0.f;
+      if constexpr (kPagedScales) {
+        __syncwarp();
+        stream.fetch_scales(tile + 1, next_k, next_v);
+      }
+      attend_tile(w, p, sh, query, stream, see, tile, k_scale, v_scale);
+      if constexpr (kPagedScales) k_scale = next_k, v_scale = next_v;
+    }
+    const int group = chunk / kGroup, group_begin = max(group * kGroup, begin);
+    const int group_end = min((group + 1) * kGroup, sh.item.chunks);
+    const bool folds = group_begin == group * kGroup;
+    float* to = folds ? nullptr : state_at(p, blockIdx.x, chunk - group_begin);
+    finish_chunk(w, sh, chunk == group_begin, turn, to);
+    if (chunk + 1 < min(group_end, end)) continue;
+    if (folds && chunk + 1 == group_end) {
+      put_sum(p, sh, turn, group_target(p, sh, group));
+      finish_group(p, sh, group);
+    } else {
+      if (folds) put_sum(p, sh, turn, state_at(p, blockIdx.x, kPrefixSlot));
+      finish_part(p, sh, group, chunk + 1 - group_begin);
+    }
+  }
+  wait_copies<0>();
+  __syncthreads();  // the next item writes what this one read
+}
+
+// Rows of nobody: behind the last request 0 and -inf; before the first one they are left alone, but
+// what the op made itself is written everywhere.
+__device__ __forceinline__ void clear_rows(const Params& p) {
+  const int begin = min(max(p.cu_seqlens_q[0], 0), p.tokens);
+  const int end = min(max(p.cu_seqlens_q[p.table.requests], begin), p.tokens);
+  const int before = p.fresh || p.lse != nullptr ? begin : 0, heads = p.kv_heads * p.group;
+  const i64 count = i64(before + p.tokens - end) * heads * kVectors;
+  for (i64 i = blockIdx.x * kThreads + threadIdx.x; i < count; i += i64(gridDim.x) * kThreads) {
+    const int vector = i % kVectors, head = i / kVectors % heads;
+    int token = int(i / kVectors / heads);
+    if (token >= before) token += end - before;
+    FASTKV_Q* out = p.out + token * p.out_token + head * p.out_head + 4 * vector;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (token >= begin || p.fresh) out[j] = from_float<FASTKV_Q>(0.f);
+    }
+    if (p.lse != nullptr && vector == 0) p.lse[i64(token) * heads + head] = MINUS_INFINITY;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, FASTKV_BLOCKS)
+    paged_attention(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) u8 memory[];
+  Shared& sh = *reinterpret_cast<Shared*>(memory);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  clear_rows(p);
+  find_share(p, sh);
+  for (u32 at = sh.share.start; at < sh.share.end;) {
+    if (threadIdx.x == 0) sh.item = find_item(p, sh.share, sh.request, at);
+    __syncthreads();
+    const int begin = int(at - sh.item.at);
+    const int end = min(sh.item.chunks, begin + int(sh.share.end - at));
+    attend(p, sh, begin, end);
+    at += end - begin;
+  }
+}

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches kernels/paged_attention.cu."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastkv.ops.cuda import faults, jit, tensors
+from fastkv.ops.cuda.launch import FLOAT, INT32, POINTER, Kernel
+from fastkv.ops.cuda.workspace import workspace
+
+if TYPE_CHECKING:
+    from fastkv.cache import LayerCache
+    from fastkv.contracts.tensors import Checker
+    from fastkv.quant import QuantSpec
+
+THREADS = 128
+_WARPS = 4
+# The split of a request over blocks: chunks of at least so many tokens, and about so many chunks
+# times KV heads. Part of the arithmetic: another split rounds otherwise.
+LEAST_CHUNK = 256
+SPLIT = 256
+_GROUP = 16  # chunks whose states fold first; kernels/paged/params.cuh has it too
+_NO_WINDOW = 0x7FFFFFFF
+_SCALARS = (INT32,) * 3 + (FLOAT,) * 2 + (INT32,)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a specialization uses a multiprocessor.
+
+    Attributes:
+        columns: 8 query rows each.
+        stages: tiles that a warp has in shared memory.
+        blocks: resident blocks that the compiler leaves registers for.
+        shared: bytes of shared memory of a block.
+    """
+
+    columns: int
+    stages: int
+    blocks: int
+    shared: int
+
+    @classmethod
+    def of(cls, quant: "QuantSpec", dim: int, rows: int) -> "Shape":
+        """For a format, a head dim, and so many query rows of a KV head a request."""
+        columns = 1 if rows <= 8 else 2 if rows <= 16 or dim > 128 else 4
+        bits = 16 if quant.bound is None else 8 // quant.elements_per_item
+        stages, blocks = _STAGES[bits]
+        if dim > 128 or columns == 4:
+            blocks = min(blocks, 2) if dim <= 128 else 1
+        tile = 2 * (16 if bits == 16 else 32) * _pitch(bits * dim // 8)
+        return cls(columns, stages, blocks, _shared_struct(dim, columns, stages) + 4 * stages * tile)
+
+
+# By bits of an element: stages, and blocks a multiprocessor.
+_STAGES = {16: (3, 2), 8: (3, 2), 4: (3, 2)}
+
+
+def _pitch(row: int) -> int:
+    """Bytes from one token's row to the next in shared memory: an odd multiple of 16."""
+    return (row // 16 | 1) * 16
+
+
+def _shared_struct(dim: int, columns: int, stages: int) -> int:
+    """At least `kSharedBytes` of kernels/paged/shared.cuh, which asserts it."""
+    rows = 8 * columns
+    query = dim // 16 * columns * 32 * 8
+    parts = max(4 * 8 * (dim + 4) * 4, 3 * _GROUP * rows * 4)
+    fold = 4 * rows * dim + 6 * rows * 12 + 4 * rows * 4
+    return query + parts + fold + 8 * _WARPS * stages + 8 * _GROUP + 512
+
+
+class Prepared:
+    """What stays the same for calls of one metadata: kernel, strides, sizes, workspace."""
+
+    def __init__(
+        self, checker: "Checker", cache: "LayerCache", q: Any, out: Any, block_table: Any, rest: Any
+    ) -> None:
+        sizes = checker.sizes
+        dim, heads = tensors.require_head_dim(checker, 32), sizes["Hkv"]
+        group = sizes["Hq"] // heads
+        tensors.require_contiguous(checker, rest)
+        tokens = -(-sizes["T"] // max(1, sizes["B"]))
+        shape = Shape.of(cache.quant, dim, tokens * group)
+        self.index = tensors.device_index(checker)
+        self.library = checker.first.library if checker.first else ""
+        self.on_device = tensors.library(checker)
+        self.static = tensors.static_names(cache.quant, "dequant")
+        groups = -(-(-(-SPLIT // heads)) // _GROUP)
+        blob = self._blob(checker, cache, q, out, block_table, groups)
+        self.blob = blob.packed
+        what = jit.Specialization.of(
+            "paged_attention",
+            **tensors.cache_defines(checker, cache),
+            **tensors.static_defines(checker, cache, "dequant"),
+            **_defines(tensors.CTYPE[checker.dtype("q")], dim, shape),
+        )
+        fields = (POINTER,) * 19 + (blob.field, *_SCALARS)
+        self.kernel = Kernel(what, self.index, fields, THREADS, shape.shared)
+        self.scale = dim**-0.5
+        self.fresh = int(not checker.given("out"))
+        most = (sizes["T"] * group // (8 * shape.columns) + sizes["B"]) * heads * groups * _GROUP
+        self.grid = max(1, min(self.kernel.resident_blocks(), most))
+        state = 4 * (8 * shape.columns * dim + 3 * 8 * shape.columns)
+        self.states = self.grid * (_GROUP + 2 * groups) * state
+        self.counters = 8 * self.grid
+
+    @staticmethod
+    def _blob(
+        checker: "Checker", cache: "LayerCache", q: Any, out: Any, block_table: Any, groups: int
+    ) -> tensors.Blob:
+        sizes, dtype = checker.sizes, checker.dtype("q")
+        rows = tensors.row_strides(checker, "q", q, dtype)
+        rows += tensors.row_strides(checker, "out", out, dtype)
+        table, counts = tensors.table_shape(checker, block_table)
+        heads = sizes["Hkv"]
+        return tensors.Blob.of(
+            ("q", [*tensors.cache_strides(checker, cache), *table]),
+            ("i", counts),
+            ("q", rows),
+            ("i", [sizes["T"], heads, sizes["Hq"] // heads, groups]),
+        )
+
+
+def _defines(q: str, dim: int, shape: Shape) -> dict[str, object]:
+    return {
+        "q": q,
+        "d": dim,
+        "columns": shape.columns,
+        "stages": shape.stages,
+        "blocks": shape.blocks,
+        "shared_bytes": shape.shared,
+        "least_chunk": LEAST_CHUNK,
+        "split": SPLIT,
+    }
+
+
+def paged_attention(
+    checker: "Checker",
+    q: Any,
+    cache: "LayerCache",
+    *,
+    cu_seqlens_q: Any,
+    cache_seqlens: Any,
+    block_table: Any,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: Any,
+    mask_offsets: Any,
+    out: Any,
+    lse: Any,
+) -> None:
+    """Write `out`, and `lse` where it is given; see `fastkv.ops.paged_attention`."""
+    prepared: Prepared = checker.prepared
+    if prepared is None:
+        small = {"cu_seqlens_q": cu_seqlens_q, "cache_seqlens": cache_seqlens}
+        small |= {"mask_offsets": mask_offsets, "sinks": sinks}
+        prepared = checker.prepared = Prepared(checker, cache, q, out, block_table, small)
+    on_device, index = prepared.on_device, prepared.index
+    stream, pointer = on_device.stream(index), on_device.pointer
+    space = workspace(
+        on_device, prepared.library, index, stream, prepared.states, prepared.counters
+    )
+    fault = faults.word(index, stream)
+    data = {
+        "q": pointer(q),
+        "out": pointer(out),
+        "cache.k": pointer(cache.k),
+        "cache.v": pointer(cache.v),
+    }
+    at_q, at_out, at_k, at_v = data.values()
+    if (at_q | at_out | at_k | at_v) % tensors.VECTOR:
+        raise tensors.misaligned(checker, data)
+    prepared.kernel.launch(
+        stream,
+        prepared.grid,
+        at_q,
+        at_out,
+        0 if lse is None else pointer(lse),
+        at_k,
+        at_v,
+        0 if cache.k_scale is None else pointer(cache.k_scale),
+        0 if cache.v_scale is None else pointer(cache.v_scale),
+        *tensors.static_pointers(cache, prepared.static, pointer),
+        pointer(cu_seqlens_q),
+        pointer(cache_seqlens),
+        pointer(block_table),
+        0 if mask_offsets is None else pointer(mask_offsets),
+        0 if sinks is None else pointer(sinks),
+        space.states,
+        space.counters,
+        fault,
+        prepared.blob,
+        int(causal),
+        _NO_WINDOW if window is None else min(window, _NO_WINDOW),
+        prepared.fresh,
+        prepared.scale if scale is None else scale,
+        soft_cap or 0.0,
+        0,
+    )
+    if fault:
+        faults.raise_noted(checker, fault, stream)
