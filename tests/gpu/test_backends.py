@@ -11,8 +11,8 @@ from fastkv.backends import get_backend
 from fastkv.ops.cuda import jit
 from helpers import compare, oracle
 from helpers.compare import assert_same_bits, bits
-from helpers.gpu import to_cpu, to_gpu
 from helpers.mixed import MIXTURE, Engine, Step
+from helpers.on_gpu import to_cpu, to_gpu
 from helpers.sentinels import FORMATS
 
 every_format = pytest.mark.parametrize("fmt", FORMATS)

@@ -12,8 +12,7 @@ from fastkv.cli.devices import found_devices
 from fastkv.errors import PlacementError, SelectionError, UnsupportedError
 from fastkv.ops.cuda import jit, launch, serve
 from fastkv.quant import QUANT_SPECS
-from helpers.calls import OPS
-from helpers.gpu import DEVICE, bytes_of, gpu_call, to_gpu
+from helpers.on_gpu import DEVICE, bytes_of, gpu_call, to_gpu
 
 
 @pytest.fixture(params=["cupy", "torch"])
@@ -137,14 +136,18 @@ LESS = {
 }
 
 
+# The kernels of the other ops serve any shape; they refuse what the device lacks.
+ATTENTION = [("paged_attention", less) for less in LESS]
+OTHERS = [("copy_pages", "sm"), ("copy_pages", "storage sm"), ("gather_kv", "sm")]
+OTHERS += [("gather_kv", "storage sm"), ("rope_write_kv", "sm"), ("rope_write_kv", "storage sm")]
+OTHERS += [("merge_states", "sm")]  # it has no cache
+
+
 @pytest.mark.usefixtures("nothing_runs")
-@pytest.mark.parametrize("less", LESS)
-@pytest.mark.parametrize("op", sorted(set(OPS) - set(kernels.KERNELS["cuda"].lacks)))
+@pytest.mark.parametrize(("op", "less"), ATTENTION + OTHERS)
 def test_an_op_refuses_what_the_table_does_not_serve(op, less, library, monkeypatch):
     changes, argument, reason = LESS[less]
-    if op == "merge_states":  # it has no cache: only the device counts
-        changes, argument, reason = LESS["sm"]
-    call = gpu_call(op, "none", library, seed=list(LESS).index(less), kv_heads=3)
+    call = gpu_call(op, "none", library, kv_heads=3, group=5)
     monkeypatch.setattr(serve, "KERNELS", table_without(**changes))
     with pytest.raises(UnsupportedError) as error:
         call.run()

@@ -11,7 +11,8 @@ from fastkv.backends.kernels import KERNELS
 from fastkv.errors import ContractError
 from fastkv.ops.cuda import launch
 from helpers.calls import OPS, Call
-from helpers.gpu import (
+from helpers.malformed import FAULTY, VALUE_FAULTS, metadata_faults, value_call
+from helpers.on_gpu import (
     DEVICE,
     bytes_of,
     host_call,
@@ -21,7 +22,6 @@ from helpers.gpu import (
     to_gpu,
     with_helpers,
 )
-from helpers.malformed import FAULTY, VALUE_FAULTS, metadata_faults, value_call
 
 KERNEL_OPS = sorted(set(OPS) - set(KERNELS["cuda"].lacks))
 GUARD = 2  # entries of the first axis before and after what an op may write
@@ -178,7 +178,7 @@ REPORT = """
 import json
 from fastkv.errors import BatchValueError
 from helpers.calls import Call
-from helpers.gpu import synchronize, to_gpu
+from helpers.on_gpu import synchronize, to_gpu
 from helpers.malformed import VALUE_FAULTS, value_call
 
 def outcome(call):

@@ -7,7 +7,7 @@ import pytest
 
 from fastkv.backends.kernels import KERNELS
 from helpers.calls import OPS
-from helpers.gpu import with_helpers
+from helpers.on_gpu import with_helpers
 
 KERNEL_OPS = sorted(set(OPS) - set(KERNELS["cuda"].lacks))
 
@@ -19,7 +19,7 @@ made = paddle_stand_in.install()
 import torch
 from fastkv import arrays
 from helpers.calls import Call
-from helpers.gpu import map_tensors, snapshot, tensors_in, to_gpu
+from helpers.on_gpu import map_tensors, snapshot, tensors_in, to_gpu
 from helpers.growing import growing_call
 
 stream = torch.cuda.Stream()

@@ -7,7 +7,7 @@ import pytest
 from fastkv.backends.kernels import KERNELS
 from helpers.batches import FORMATS, make_batch
 from helpers.calls import OPS
-from helpers.gpu import gpu_call, host_call, synchronize, tensors_in, to_cpu
+from helpers.on_gpu import gpu_call, host_call, synchronize, tensors_in, to_cpu
 
 pytestmark = pytest.mark.sanitizer
 KERNEL_OPS = sorted(set(OPS) - set(KERNELS["cuda"].lacks))

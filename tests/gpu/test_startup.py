@@ -7,14 +7,14 @@ import shutil
 import pytest
 
 from fastkv.ops.cuda import jit
-from helpers.gpu import with_helpers
+from helpers.on_gpu import with_helpers
 
 # Runs one op, and prints the digest and the op's result.
 SCRIPT = """
 import json, os
 from pathlib import Path
 from fastkv.ops.cuda import jit
-from helpers.gpu import gpu_call, snapshot, synchronize
+from helpers.on_gpu import gpu_call, snapshot, synchronize
 
 folder = Path(os.environ["KERNELS"])
 jit.kernel_folder = lambda: folder

@@ -10,8 +10,8 @@ import pytest
 from fastkv import arrays
 from fastkv.backends.kernels import KERNELS
 from helpers.calls import OPS, Call
-from helpers.gpu import assign, gpu_devices, snapshot, synchronize, tensors_in, to_cpu, to_gpu
 from helpers.growing import growing_call
+from helpers.on_gpu import assign, gpu_devices, snapshot, synchronize, tensors_in, to_cpu, to_gpu
 
 DEVICES = gpu_devices()
 every_op = pytest.mark.parametrize("op", sorted(set(OPS) - set(KERNELS["cuda"].lacks)))

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastkv import Rope
 from helpers.calls import REQUIRED, WITH_CACHE
-from helpers.gpu import host_call
+from helpers.on_gpu import host_call
 
 WRONG_DTYPE = {"f": np.float64, "i": np.int64, "V": np.uint16, "u": np.int16}
 

@@ -86,14 +86,18 @@ def test_another_layer_s_format_does_not_count(on):
     serve.require_served(*checked(fmt="none"), 0)
 
 
-def test_an_op_without_a_cache_asks_for_the_device_alone(on):
+def test_an_op_that_serves_more_shapes_asks_for_the_device_alone(on):
     state = np.zeros((3, 34, 7), np.float32), np.zeros((3, 34), np.float32)
-    checker = calls.merge_states(*state, *state)
+    merge = calls.merge_states(*state, *state)
     on(80)
-    serve.require_served(checker, None, 0)
+    serve.require_device(merge, None, 0)
+    serve.require_device(*checked(dtype="float32", dim=80, page=8, group=17), 0)
+    with pytest.raises(UnsupportedError, match="float8_e4m3fn needs sm_89 or newer"):
+        serve.require_device(*checked(fmt="block_wise_fp8"), 0)
     on(75)
-    with pytest.raises(UnsupportedError, match="needs sm_80 or newer"):
-        serve.require_served(checker, None, 0)
+    for checker, cache in ((merge, None), checked()):
+        with pytest.raises(UnsupportedError, match="needs sm_80 or newer"):
+            serve.require_device(checker, cache, 0)
 
 
 # --- ops without a kernel ---------------------------------------------------------------------
