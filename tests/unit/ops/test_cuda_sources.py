@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels' sources: what their digest sees, and what each file must have."""
 
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -135,3 +137,23 @@ def test_every_kernel_asserts_the_size_of_its_parameters(op):
     assert found, f"no static_assert(sizeof(...) == FASTKV_PARAMS_BYTES) within {op}.cu"
     text = re.sub(r"\s+", " ", path.read_text("utf-8"))
     assert f"{op}(const __grid_constant__ {found[0]} " in text, "the kernel takes that struct"
+
+
+# --- the compile gate -------------------------------------------------------------------------
+
+GATE = Path(__file__).resolve().parents[2] / "cuda_compile"
+
+
+def test_the_compile_gate_fails_without_nvrtc(pytester, monkeypatch):
+    # A `cuda` that is there and has no bindings, as on a machine without the package.
+    package = pytester.mkpydir("cuda")
+    assert package.is_dir()
+    paths = [str(pytester.path), str(GATE.parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    chosen = "test_a_sound_kernel_passes or copy_pages"
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", GATE, "-k", chosen)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    outcomes = result.parseoutcomes()
+    assert outcomes["failed"] >= 6
+    assert not {"passed", "skipped"} & set(outcomes)
+    result.stdout.fnmatch_lines(["*No module named 'cuda.bindings'*"])
