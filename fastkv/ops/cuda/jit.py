@@ -97,9 +97,10 @@ class DeviceFacts:
 @cache
 def device_facts(index: int) -> DeviceFacts:
     """Facts of device `index`."""
-    attributes = _cupy().cuda.Device(index).attributes
+    device = _cupy().cuda.Device(index)
+    attributes = device.attributes
     return DeviceFacts(
-        10 * attributes["ComputeCapabilityMajor"] + attributes["ComputeCapabilityMinor"],
+        int(device.compute_capability),
         attributes["MultiProcessorCount"],
         attributes["MaxSharedMemoryPerBlockOptin"],
         attributes["MaxSharedMemoryPerMultiprocessor"],

@@ -21,6 +21,7 @@ LEAST_CHUNK = 256
 SPLIT = 256
 _GROUP = 16  # chunks whose states fold first; kernels/paged/params.cuh has it too
 _NO_WINDOW = 0x7FFFFFFF
+_ALIGNED = ("q", "out", "cache.k", "cache.v")
 _SCALARS = (INT32,) * 3 + (FLOAT,) * 2 + (INT32,)
 
 
@@ -45,15 +46,22 @@ class Shape:
         """For a format, a head dim, and so many query rows of a KV head a request."""
         columns = 1 if rows <= 8 else 2 if rows <= 16 or dim > 128 else 4
         bits = 16 if quant.bound is None else 8 // quant.elements_per_item
-        stages, blocks = _STAGES[bits]
-        if dim > 128 or columns == 4:
-            blocks = min(blocks, 2) if dim <= 128 else 1
-        tile = 2 * (16 if bits == 16 else 32) * _pitch(bits * dim // 8)
-        return cls(columns, stages, blocks, _shared_struct(dim, columns, stages) + 4 * stages * tile)
+        fixed = _shared_struct(dim, columns)
+        stage = _WARPS * 2 * (16 if bits == 16 else 32) * _pitch(bits * dim // 8)
+        for blocks in (*range(BLOCKS, 1, -1), 1):
+            stages = min(STAGES, (_SHARED // blocks - _RESERVED - fixed) // stage)
+            if stages >= 2:
+                return cls(columns, stages, blocks, fixed + stages * stage)
+        raise AssertionError(f"no shape for head dim {dim} in {quant.name}")
 
 
-# By bits of an element: stages, and blocks a multiprocessor.
-_STAGES = {16: (3, 2), 8: (3, 2), 4: (3, 2)}
+# Blocks a multiprocessor, at most; fewer where two stages each do not fit.
+BLOCKS = 2
+# Stages at most: about 48 KiB a multiprocessor must be in flight.
+STAGES = 4
+# Bytes of shared memory: of an sm_90 multiprocessor, and what each block loses of it.
+_SHARED = 228 * 1024
+_RESERVED = 1024
 
 
 def _pitch(row: int) -> int:
@@ -61,13 +69,13 @@ def _pitch(row: int) -> int:
     return (row // 16 | 1) * 16
 
 
-def _shared_struct(dim: int, columns: int, stages: int) -> int:
+def _shared_struct(dim: int, columns: int) -> int:
     """At least `kSharedBytes` of kernels/paged/shared.cuh, which asserts it."""
     rows = 8 * columns
     query = dim // 16 * columns * 32 * 8
     parts = max(4 * 8 * (dim + 4) * 4, 3 * _GROUP * rows * 4)
     fold = 4 * rows * dim + 6 * rows * 12 + 4 * rows * 4
-    return query + parts + fold + 8 * _WARPS * stages + 8 * _GROUP + 512
+    return query + parts + fold + 8 * _WARPS * STAGES + 8 * _GROUP + 512
 
 
 class Prepared:
@@ -87,7 +95,7 @@ class Prepared:
         self.library = checker.first.library if checker.first else ""
         self.on_device = tensors.library(checker)
         self.static = tensors.static_names(cache.quant, "dequant")
-        groups = -(-(-(-SPLIT // heads)) // _GROUP)
+        groups = -(-SPLIT // (heads * _GROUP))
         blob = self._blob(checker, cache, q, out, block_table, groups)
         self.blob = blob.packed
         what = jit.Specialization.of(
@@ -110,9 +118,10 @@ class Prepared:
     def _blob(
         checker: "Checker", cache: "LayerCache", q: Any, out: Any, block_table: Any, groups: int
     ) -> tensors.Blob:
-        sizes, dtype = checker.sizes, checker.dtype("q")
-        rows = tensors.row_strides(checker, "q", q, dtype)
-        rows += tensors.row_strides(checker, "out", out, dtype)
+        sizes = checker.sizes
+        rows = tensors.row_strides(checker, "q", q)
+        made = (sizes["Hq"] * sizes["D"], sizes["D"])
+        rows += tensors.row_strides(checker, "out", out) if checker.given("out") else made
         table, counts = tensors.table_shape(checker, block_table)
         heads = sizes["Hkv"]
         return tensors.Blob.of(
@@ -165,15 +174,9 @@ def paged_attention(
         on_device, prepared.library, index, stream, prepared.states, prepared.counters
     )
     fault = faults.word(index, stream)
-    data = {
-        "q": pointer(q),
-        "out": pointer(out),
-        "cache.k": pointer(cache.k),
-        "cache.v": pointer(cache.v),
-    }
-    at_q, at_out, at_k, at_v = data.values()
-    if (at_q | at_out | at_k | at_v) % tensors.VECTOR:
-        raise tensors.misaligned(checker, data)
+    aligned = pointer(q), pointer(out), pointer(cache.k), pointer(cache.v)
+    tensors.require_aligned(checker, _ALIGNED, aligned)
+    at_q, at_out, at_k, at_v = aligned
     prepared.kernel.launch(
         stream,
         prepared.grid,

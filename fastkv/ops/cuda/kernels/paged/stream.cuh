@@ -35,7 +35,7 @@ struct Stream {
   __device__ __forceinline__ int fetch_ids(int tile) const {
     const int at = token(tile + lane / F::kBlocks) + lane % F::kBlocks * 16;
     if (at >= high || at + 16 <= low) return -1;
-    return page_at(p.block_table, p.table, request, at, p.faults);
+    return checked_page(page_id(p.block_table, p.table, request, at), p.table, request, p.faults);
   }
 
   // Start the copy of the next tile, if there is one; its place in the pipeline is taken anyway.
