@@ -11,7 +11,16 @@ from fastkv import arrays
 from fastkv.backends.kernels import KERNELS
 from helpers.calls import OPS, Call
 from helpers.growing import growing_call
-from helpers.on_gpu import assign, gpu_devices, snapshot, synchronize, tensors_in, to_cpu, to_gpu
+from helpers.on_gpu import (
+    assign,
+    gpu_call,
+    gpu_devices,
+    snapshot,
+    synchronize,
+    tensors_in,
+    to_cpu,
+    to_gpu,
+)
 
 DEVICES = gpu_devices()
 every_op = pytest.mark.parametrize("op", sorted(set(OPS) - set(KERNELS["cuda"].lacks)))
@@ -96,6 +105,28 @@ def test_an_op_runs_on_the_current_stream(op, library):
         spin(library)
         result = work.run()
     assert work.results(result) == want
+
+
+def test_calls_of_different_shapes_follow_each_other_on_one_stream():
+    # They share one workspace: large after small, small after large, many blocks after few.
+    shapes = [(64, 1, (1500, 40)), (256, 4, (30, 3)), (64, 4, (90, 2100)), (256, 1, (1300, 0))]
+    calls = [
+        gpu_call("paged_attention", "cache_int8", head_dim=dim, group=group, cached=cached)
+        for dim, group, cached in shapes
+    ]
+    want = []
+    for call in calls:
+        call["window"] = None  # every key counts
+        with new_stream("torch"):  # a workspace that no other call has used
+            result = call.run()
+        synchronize()
+        want.append(snapshot(result))
+    stream = new_stream("torch")
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)):
+        with stream:
+            results = {i: calls[i].run() for i in order}
+        synchronize()
+        assert {i: snapshot(result) for i, result in results.items()} == dict(enumerate(want))
 
 
 @every_op

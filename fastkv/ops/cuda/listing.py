@@ -20,6 +20,15 @@ from fastkv.ops.cuda.jit import Specialization
 #: What the list is compiled for: each generation from sm_80, as `jit.arch_of` or newer.
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120")
 
+# Bytes of shared memory that a block may have on each (CUDA C++ Programming Guide, "Compute
+# Capabilities"); less on sm_89 and sm_120 than on the data-center parts of their generation.
+_SHARED_BYTES = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90a": 227 * 1024,
+    "sm_100a": 227 * 1024,
+    "sm_120": 99 * 1024,
+}
 _NEEDS_SM_89 = re.compile("fp8|e4m3", re.IGNORECASE)
 
 
@@ -46,6 +55,15 @@ def least_sm(what: Specialization) -> int:
     an older one.
     """
     return 89 if any(_NEEDS_SM_89.search(value) for _, value in what.defines) else 80
+
+
+def is_for(what: Specialization, arch: str) -> bool:
+    """Whether a specialization is built for an architecture: instructions, shared memory.
+
+    A constant `FASTKV_SHARED_BYTES` is the dynamic shared memory of a block.
+    """
+    shared = int(dict(what.defines).get("FASTKV_SHARED_BYTES", "0"))
+    return sm_of(arch) >= least_sm(what) and shared <= _SHARED_BYTES[arch]
 
 
 def sm_of(arch: str) -> int:

@@ -87,6 +87,15 @@ def test_fp8_is_listed_from_sm_89():
     assert listing.least_sm(jit.Specialization.of("any", codec="int8")) == 80
 
 
+def test_shared_memory_decides_too():
+    needs = jit.Specialization.of("any", shared_bytes=99 * 1024 + 16)
+    built = [arch for arch in listing.ARCHITECTURES if listing.is_for(needs, arch)]
+    assert built == ["sm_80", "sm_90a", "sm_100a"]
+    fits = jit.Specialization.of("any", shared_bytes=99 * 1024, codec="cache_fp8")
+    built = [arch for arch in listing.ARCHITECTURES if listing.is_for(fits, arch)]
+    assert built == ["sm_89", "sm_90a", "sm_100a", "sm_120"]
+
+
 def test_every_architecture_of_the_table_is_compiled_for():
     row = KERNELS["cuda"]
     listed = {listing.sm_of(arch) for arch in listing.ARCHITECTURES}
