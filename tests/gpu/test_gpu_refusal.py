@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a GPU: tensors are recognized, and what no kernel serves is refused by name, not computed."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -22,10 +23,16 @@ def library(request):
 
 @pytest.fixture
 def nothing_runs(mocker):
-    """Spies on whatever could compute: a launch, or a copy to the host."""
+    """A context in which nothing computes: no launch, no copy to the host."""
     spies = [mocker.spy(launch.Kernel, "launch"), mocker.spy(arrays, "to_host")]
-    yield
-    assert [spy.call_count for spy in spies] == [0, 0]
+
+    @contextmanager
+    def watch():
+        before = [spy.call_count for spy in spies]
+        yield
+        assert [spy.call_count for spy in spies] == before
+
+    return watch
 
 
 def make_cache(quant, library):
@@ -59,24 +66,22 @@ def test_doctor_sees_this_gpu():
 # --- tensors in two places --------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("nothing_runs")
-def test_cpu_tensors_beside_gpu_tensors_are_refused_by_name(library):
+def test_cpu_tensors_beside_gpu_tensors_are_refused_by_name(library, nothing_runs):
     cache = make_cache("none", library)
     ids = np.array([1], np.int32)
-    with pytest.raises(PlacementError) as error:
+    with nothing_runs(), pytest.raises(PlacementError) as error:
         ops.copy_pages(cache, ids, ids)
     assert error.value.argument == "src"
     assert DEVICE in error.value.expected
-    with pytest.raises(PlacementError) as error:
+    with nothing_runs(), pytest.raises(PlacementError) as error:
         ops.copy_pages(replace(cache, v=np.zeros((4, 2, 16, 64), np.float16)), ids, ids)
     assert error.value.argument == "cache.v"
 
 
-@pytest.mark.usefixtures("nothing_runs")
-def test_tensors_of_two_libraries_are_refused_by_name():
+def test_tensors_of_two_libraries_are_refused_by_name(nothing_runs):
     cache = make_cache("none", "torch")
     ids = to_gpu(np.array([1], np.int32), "cupy")
-    with pytest.raises(PlacementError) as error:
+    with nothing_runs(), pytest.raises(PlacementError) as error:
         ops.copy_pages(cache, ids, ids)
     assert (error.value.argument, error.value.got) == ("src", f"a cupy tensor on {DEVICE}")
 
@@ -84,11 +89,11 @@ def test_tensors_of_two_libraries_are_refused_by_name():
 # --- an op without a kernel -------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("nothing_runs")
-def test_masked_attention_is_refused_and_not_computed(library):
+def test_masked_attention_is_refused_and_not_computed(library, nothing_runs):
     call = gpu_call("masked_attention", "none", library)
     before = bytes_of(call["out"])
-    with pytest.raises(UnsupportedError, match="On a GPU there is no masked_attention") as error:
+    match = "On a GPU there is no masked_attention"
+    with nothing_runs(), pytest.raises(UnsupportedError, match=match) as error:
         call.run()
     assert (error.value.op, error.value.argument, error.value.got) == (
         "masked_attention",
@@ -143,20 +148,19 @@ OTHERS += [("gather_kv", "storage sm"), ("rope_write_kv", "sm"), ("rope_write_kv
 OTHERS += [("merge_states", "sm")]  # it has no cache
 
 
-@pytest.mark.usefixtures("nothing_runs")
 @pytest.mark.parametrize(("op", "less"), ATTENTION + OTHERS)
-def test_an_op_refuses_what_the_table_does_not_serve(op, less, library, monkeypatch):
+def test_an_op_refuses_what_the_table_does_not_serve(op, less, library, monkeypatch, nothing_runs):
     changes, argument, reason = LESS[less]
     call = gpu_call(op, "none", library, kv_heads=3, group=5)
     monkeypatch.setattr(serve, "KERNELS", table_without(**changes))
-    with pytest.raises(UnsupportedError) as error:
+    with nothing_runs(), pytest.raises(UnsupportedError) as error:
         call.run()
     assert (error.value.op, error.value.argument) == (op, argument)
     assert reason in str(error.value)
 
 
-@pytest.mark.usefixtures("nothing_runs")
-def test_attention_refuses_more_query_heads_than_the_table_serves(library):
+def test_attention_refuses_more_query_heads_than_the_table_serves(library, nothing_runs):
     call = gpu_call("paged_attention", "none", library, group=17)
-    with pytest.raises(UnsupportedError, match="17 query heads a KV head are outside 1 to 16"):
+    match = "17 query heads a KV head are outside 1 to 16"
+    with nothing_runs(), pytest.raises(UnsupportedError, match=match):
         call.run()
