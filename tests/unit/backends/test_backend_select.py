@@ -131,9 +131,15 @@ def picky(monkeypatch):
     rows = (
         BackendRow("append", (), (), "", MappingProxyType({"sinks": "A has none"})),
         BackendRow(
-            "flash_mask", (), (), "", MappingProxyType({"sinks": "M neither", "window": "M no"})
+            "flash_mask",
+            ("masked_attention",),
+            (),
+            "",
+            MappingProxyType({"sinks": "M neither", "window": "M no"}),
         ),
-        BackendRow("flash", (), (), "", MappingProxyType({"soft_cap": "F never"})),
+        BackendRow(
+            "flash", ("masked_attention",), (), "", MappingProxyType({"soft_cap": "F never"})
+        ),
     )
     monkeypatch.setattr(select, "BACKENDS", {row.name: row for row in rows})
     monkeypatch.setattr(select, "BACKEND_NAMES", tuple(row.name for row in rows))
