@@ -25,6 +25,7 @@ _PUBLIC = {
     "errors": "fastkv.errors",
     "ops": "fastkv.ops",
     "testing": "fastkv.testing",
+    "warmup": "fastkv.warming",
 }
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "errors",
     "ops",
     "testing",
+    "warmup",
 ]
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from fastkv.rope import Rope
     from fastkv.scales import StaticScales
     from fastkv.spec import CacheSpec
+    from fastkv.warming import warmup
 
 
 def __getattr__(name: str) -> Any:

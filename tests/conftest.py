@@ -25,6 +25,7 @@ hypothesis.settings.load_profile("fastkv")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU (set on everything in tests/gpu)")
+    config.addinivalue_line("markers", "sanitizer: small enough for scripts/sanitize.py")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

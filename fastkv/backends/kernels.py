@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels that ops run on, and what each can: a table that selection reads."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import NamedTuple
 
 from fastkv.errors import ContractError
 from fastkv.spec import CacheSpec
@@ -45,20 +46,24 @@ class Kernels:
     Attributes:
         name: for people and for `Choice.kernel`.
         kind: kind of device it runs on.
-        unavailable: why this build does not have it; None when it does.
         min_sm: least compute capability, 0 for a CPU.
         min_sm_by_storage: storage dtypes that need more than `min_sm`.
         head_dims: head dims it serves; None: all.
+        page_sizes: page sizes it serves; None: all.
+        groups: query heads a KV head that it serves; None: all.
         storage: storage dtypes it serves; None: all.
+        lacks: ops that it does not have, each with the reason.
     """
 
     name: str
     kind: str
-    unavailable: str | None = None
     min_sm: int = 0
     min_sm_by_storage: Mapping[str, int] = field(default_factory=dict)
     head_dims: tuple[int, ...] | None = None
+    page_sizes: tuple[int, ...] | None = None
+    groups: range | None = None
     storage: tuple[str, ...] | None = None
+    lacks: Mapping[str, str] = field(default_factory=dict)
 
 
 KERNELS: Mapping[str, Kernels] = MappingProxyType(
@@ -67,38 +72,136 @@ KERNELS: Mapping[str, Kernels] = MappingProxyType(
         "cuda": Kernels(
             name="cuda",
             kind="cuda",
-            unavailable="this version has no CUDA kernels",
             min_sm=80,
             min_sm_by_storage=MappingProxyType({"float8_e4m3fn": 89}),
             head_dims=(64, 96, 128, 256),
+            page_sizes=(16, 32, 64, 128),
+            groups=range(1, 17),
             storage=("bfloat16", "float16", "int8", "uint8", "float8_e4m3fn"),
+            lacks=MappingProxyType(
+                {"masked_attention": "this version has no CUDA kernel for it; append needs none"}
+            ),
         ),
     }
 )
 
 
+class Lack(NamedTuple):
+    """One thing about a cache or its device that a row does not serve.
+
+    Attributes:
+        argument: what is at fault: `device`, a field of `CacheSpec`, or the query heads.
+        expected: what the row serves.
+        got: what it was asked to.
+        reason: both in one sentence, as selection puts it.
+    """
+
+    argument: str
+    expected: str
+    got: str
+    reason: str
+
+
+def lacks(
+    row: Kernels,
+    device: Device,
+    *,
+    head_dim: int | None = None,
+    page_size: int | None = None,
+    storage: Iterable[str] = (),
+    group: int | None = None,
+) -> list[Lack]:
+    """Why a row does not serve a cache; empty when it does. None is not asked about.
+
+    Args:
+        row: the kernels.
+        device: where the tensors live.
+        head_dim: D.
+        page_size: P.
+        storage: dtypes of the K and V tensors.
+        group: query heads a KV head.
+    """
+    sm = device.sm or 0
+    found = [_too_old(device, row.min_sm, "")] if sm < row.min_sm else []
+    for argument, name, value, served in (
+        ("head_dim", "head dim", head_dim, row.head_dims),
+        ("page_size", "page size", page_size, row.page_sizes),
+    ):
+        if value is not None and served is not None and value not in served:
+            known = ", ".join(map(str, served))
+            reason = f"{name} {value} is none of {known}"
+            found.append(Lack(argument, f"one of {known}", f"{value}", reason))
+    if group is not None and row.groups is not None and group not in row.groups:
+        span = f"{row.groups[0]} to {row.groups[-1]}"
+        reason = f"{group} query heads a KV head are outside {span}"
+        found.append(Lack("query heads a KV head", span, f"{group}", reason))
+    for dtype in dict.fromkeys(storage):
+        if row.storage is not None and dtype not in row.storage:
+            served_dtypes = f"one of {', '.join(row.storage)}"
+            found.append(Lack("dtype", served_dtypes, dtype, f"no {dtype} cache"))
+        elif sm < (least := row.min_sm_by_storage.get(dtype, 0)):
+            found.append(_too_old(device, least, f"{dtype} "))
+    return found
+
+
 def kernel_refusals(
-    kernels: Mapping[str, Kernels], spec: CacheSpec, device: Device
-) -> tuple[str, list[str]]:
+    kernels: Mapping[str, Kernels],
+    spec: CacheSpec,
+    device: Device,
+    num_query_heads: int | None = None,
+) -> tuple[Kernels | None, list[str]]:
     """The kernels for a device, and why they cannot serve a spec (empty when they can)."""
     row = next((row for row in kernels.values() if row.kind == device.kind), None)
     if row is None:
-        return "", [f"no kernels for a {device.kind} device"]
-    return row.name, [row.unavailable] if row.unavailable else _lacks(row, spec, device)
+        return None, [f"no kernels for a {device.kind} device"]
+    found = lacks(
+        row,
+        device,
+        head_dim=spec.head_dim,
+        page_size=spec.page_size,
+        storage=[spec.storage_dtype(i) for i in range(spec.num_layers)],
+        group=None if num_query_heads is None else num_query_heads // spec.num_kv_heads,
+    )
+    return row, [lack.reason for lack in found]
 
 
-def _lacks(row: Kernels, spec: CacheSpec, device: Device) -> list[str]:
-    reasons = []
-    sm = device.sm or 0
-    if sm < row.min_sm:
-        reasons.append(f"needs sm_{row.min_sm} or newer, the device is {device}")
-    if row.head_dims is not None and spec.head_dim not in row.head_dims:
-        known = ", ".join(map(str, row.head_dims))
-        reasons.append(f"head dim {spec.head_dim} is none of {known}")
-    dtypes = dict.fromkeys(spec.storage_dtype(i) for i in range(spec.num_layers))
-    for dtype in dtypes:
-        if row.storage is not None and dtype not in row.storage:
-            reasons.append(f"no {dtype} cache")
-        elif sm < (least := row.min_sm_by_storage.get(dtype, 0)):
-            reasons.append(f"{dtype} needs sm_{least} or newer, the device is {device}")
-    return reasons
+def missing_ops(row: Kernels | None, ops: Iterable[str]) -> list[str]:
+    """Why kernels cannot run these ops; empty when they can."""
+    if row is None:
+        return []
+    return [f"no {op}: {row.lacks[op]}" for op in dict.fromkeys(ops) if op in row.lacks]
+
+
+def _too_old(device: Device, least: int, what: str) -> Lack:
+    expected = f"sm_{least} or newer"
+    return Lack("device", expected, str(device), f"{what}needs {expected}, the device is {device}")
+
+
+def markdown_table() -> str:
+    """The table of kernels, as the documentation shows it."""
+    head = ("kernels", "device", "head dims", "page sizes", "query heads a KV head")
+    lines = [
+        f"| {' | '.join((*head, 'stored dtypes', 'lack'))} |",
+        "|" + "---|" * (len(head) + 2),
+    ]
+    for row in KERNELS.values():
+        cells = (
+            f"`{row.name}`",
+            f"sm_{row.min_sm} or newer" if row.min_sm else row.kind,
+            _list(row.head_dims),
+            _list(row.page_sizes),
+            f"{row.groups[0]} to {row.groups[-1]}" if row.groups else "any",
+            _list(None if row.storage is None else [_stored(row, name) for name in row.storage]),
+            ", ".join(f"`{op}`" for op in row.lacks) or "–",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _list(values: Iterable[object] | None) -> str:
+    return "any" if values is None else ", ".join(map(str, values))
+
+
+def _stored(row: Kernels, dtype: str) -> str:
+    least = row.min_sm_by_storage.get(dtype)
+    return dtype if least is None else f"{dtype} (from sm_{least})"

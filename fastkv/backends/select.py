@@ -8,11 +8,18 @@ from typing import Any
 
 from fastkv.backends.append import AppendBackend
 from fastkv.backends.base import Backend, Ops
-from fastkv.backends.features import BACKEND_NAMES, BACKENDS, refusals, require_features
+from fastkv.backends.features import (
+    BACKEND_NAMES,
+    BACKENDS,
+    BackendRow,
+    refusals,
+    require_features,
+)
 from fastkv.backends.flash import FlashBackend
 from fastkv.backends.flash_mask import FlashMaskBackend
-from fastkv.backends.kernels import KERNELS, Device, Kernels, kernel_refusals
-from fastkv.errors import SelectionError, unknown_name
+from fastkv.backends.kernels import KERNELS, Device, Kernels, kernel_refusals, missing_ops
+from fastkv.contracts.numbers import is_integer
+from fastkv.errors import ContractError, SelectionError, unknown_name
 from fastkv.spec import CacheSpec
 
 #: Names the backend where the caller does not.
@@ -51,6 +58,7 @@ def select_backend(
     device: Device | str = "cpu",
     features: Iterable[str] = (),
     *,
+    num_query_heads: int | None = None,
     kernels: Mapping[str, Kernels] = KERNELS,
 ) -> Choice:
     """Select a backend. A pure function: same arguments, same answer.
@@ -64,23 +72,27 @@ def select_backend(
         device: where the tensors live: a `Device`, `"cpu"`, or `"cuda:90"` for a GPU of compute
             capability 9.0.
         features: what layers and batches will ask for, names from `FEATURES`.
+        num_query_heads: Hq, a multiple of the spec's KV heads; None leaves it to the ops.
         kernels: the table of kernels; tests pass their own.
 
     Raises:
         UnknownNameError: a name or feature outside the table; lists the table.
+        ContractError: a device or a number of query heads that cannot be.
         SelectionError: nothing serves the request; with each reason.
     """
     asked = require_features(features, op="select_backend")
     where = Device.of(device)
     if name not in (*BACKEND_NAMES, _AUTO):
         raise unknown_name("select_backend", "name", name, (*BACKEND_NAMES, _AUTO))
-    kernel, missing = kernel_refusals(kernels, spec, where)
+    _require_query_heads(num_query_heads, spec)
+    row, missing = kernel_refusals(kernels, spec, where, num_query_heads)
     rejected: list[tuple[str, str]] = []
     for candidate in BACKEND_NAMES if name == _AUTO else (name,):
-        reasons = [*missing, *refusals(BACKENDS[candidate], asked)]
-        if not reasons:
+        backend = BACKENDS[candidate]
+        reasons = [*missing, *missing_ops(row, _ops(backend)), *refusals(backend, asked)]
+        if row is not None and not reasons:
             why = "asked for by name" if name != _AUTO else _why_auto(asked, rejected)
-            return Choice(candidate, kernel, why, tuple(rejected))
+            return Choice(candidate, row.name, why, tuple(rejected))
         rejected.append((candidate, "; ".join(reasons)))
     needs = f" with {', '.join(sorted(asked))}" if asked else ""
     raise SelectionError(f"{name!r} on {where}{needs}", rejected)
@@ -106,6 +118,7 @@ def get_backend(
     name: str | None = None,
     device: Device | str = "cpu",
     features: Iterable[str] = (),
+    num_query_heads: int | None = None,
     ops: Any = None,
 ) -> Backend:
     """Select and create a backend.
@@ -115,10 +128,28 @@ def get_backend(
         name: None takes what `FASTKV_ATTENTION_BACKEND` says, or `auto`.
         device: as in `select_backend`.
         features: as in `select_backend`.
+        num_query_heads: as in `select_backend`.
         ops: the ops to drive; None takes `fastkv.ops`.
     """
     wanted = name_from_environment() if name is None else name
-    return select_backend(wanted, spec, device, features).create(ops)
+    choice = select_backend(wanted, spec, device, features, num_query_heads=num_query_heads)
+    return choice.create(ops)
+
+
+def _ops(backend: BackendRow) -> tuple[str, ...]:
+    return (*backend.prefill, *backend.decode)
+
+
+def _require_query_heads(count: int | None, spec: CacheSpec) -> None:
+    heads = spec.num_kv_heads
+    if count is None or (is_integer(count) and count >= 1 and count % heads == 0):
+        return
+    raise ContractError(
+        "select_backend",
+        "num_query_heads",
+        expected=f"None or a multiple of the {heads} KV heads",
+        got=repr(count),
+    )
 
 
 def _why_auto(asked: frozenset[str], rejected: list[tuple[str, str]]) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fastkv import __version__
-from fastkv.cli import demo, doctor, plan, select
+from fastkv.cli import demo, doctor, plan, select, warmup
 from fastkv.cli import eval as evaluation
 from fastkv.errors import FastKVError, SelectionError
 
@@ -44,6 +44,7 @@ app.command()(doctor.doctor)
 app.command("eval")(evaluation.evaluate)
 app.command()(plan.plan)
 app.command()(select.select)
+app.command()(warmup.warmup)
 
 
 def main() -> None:

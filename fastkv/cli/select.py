@@ -30,6 +30,9 @@ def select(
     ] = None,
     head_dim: Annotated[int, typer.Option(help="D.")] = 128,
     page_size: Annotated[int, typer.Option(help="P.")] = 64,
+    group: Annotated[
+        int | None, typer.Option(help="G, query heads a KV head; unset leaves it to the ops.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="What `none` stores.")] = "bfloat16",
     json_file: JsonFile = None,
 ) -> None:
@@ -41,11 +44,12 @@ def select(
 
     * `fastkv select`
     * `fastkv select --quant block_wise_fp8 --feature window --feature sinks`
+    * `fastkv select --device cuda:80 --quant cache_fp8`
     * `fastkv select --backend flash --feature mask_offsets_on_prefill`
     """
     name = name_from_environment() if backend is None else backend
     spec = CacheSpec(1, 1, head_dim, page_size, quant, dtype)
-    result = outcome(name, spec, Device.of(device), feature or ())
+    result = outcome(name, spec, Device.of(device), feature or (), group)
     request = {"asked": name, "format": quant, "device": device, "features": list(feature or ())}
     if json_file is None or str(json_file) != "-":
         _show({**request, **result})
@@ -56,13 +60,18 @@ def select(
 
 
 def outcome(
-    name: str, spec: CacheSpec | str, device: Device, features: Iterable[str] = ()
+    name: str,
+    spec: CacheSpec | str,
+    device: Device,
+    features: Iterable[str] = (),
+    group: int | None = None,
 ) -> dict[str, Any]:
     """What selection answers, a refusal included: backend, kernel (None: refused), reason."""
     if isinstance(spec, str):
         spec = CacheSpec(1, 1, 128, 64, spec)
+    heads = None if group is None else group * spec.num_kv_heads
     try:
-        choice = select_backend(name, spec, device, features)
+        choice = select_backend(name, spec, device, features, num_query_heads=heads)
     except SelectionError as error:
         reason = "; ".join(dict.fromkeys(reason for _, reason in error.rejected))
         return {"backend": name, "kernel": None, "reason": reason, "rejected": error.rejected}

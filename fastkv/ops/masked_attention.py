@@ -51,10 +51,12 @@ def masked_attention(
     Raises:
         ContractError: as in `rope_write_kv`; on the reference also intervals with start > end or
             outside the request.
+        UnsupportedError: the tensors are on a GPU, for which this version has no such kernel.
     """
     call = calls.masked_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, mask_offsets, scale, window, soft_cap, sinks, out
     )
+    dispatch.require_kernel(call)
     out = dispatch.result(call, ("T", "Hq", "D"), call.dtype("q")) if out is None else out
     lse = dispatch.result(call, ("T", "Hq"), "float32", needed=return_lse)
     if call.sizes["T"]:

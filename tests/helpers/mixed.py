@@ -77,6 +77,8 @@ class Engine:
         options: attributes of the layer.
     """
 
+    heads, query_heads, dim, page, rotary = HEADS, QUERY_HEADS, DIM, PAGE, DIM - 4
+
     def __init__(
         self,
         rng,
@@ -91,19 +93,21 @@ class Engine:
     ):
         self.rng, self.fmt, self.dtype, self.rotated = rng, fmt, dtype, rotated
         self.formats = ["block_wise_fp8", fmt, "cache_int8"]
-        self.spec = CacheSpec(3, HEADS, DIM, PAGE, self.formats, "bfloat16")
+        self.spec = CacheSpec(3, self.heads, self.dim, self.page, self.formats, "bfloat16")
         self.exact_prefill = EXACT_PREFILL[backend]
         self.backend = get_backend(self.spec, name=backend, ops=ops)
         self.lengths = [0] * 6
         self._allocate()
-        self.static = static_scales(rng, fmt, HEADS, DIM, largest_zp=3.0)
+        self.static = static_scales(rng, fmt, self.heads, self.dim, largest_zp=3.0)
         given = {name: getattr(self.static, f) for name, f in STATIC[fmt].items()}
         if "cache_k_zp" not in given:
             given |= {"cache_k_zp": None, "cache_v_zp": None}
-        self.rope = Rope.from_theta(100.0, DIM - 4, 32) if rotated else None
+        self.rope = Rope.from_theta(100.0, self.rotary, 8 * self.page) if rotated else None
         if rotated:
             given |= {"rms_norm_eps": 1e-3, "norm_after_rope": norm_after_rope}
-            given |= {f"{s}_norm_weight": rng.uniform(0.5, 1.5, DIM).astype("f4") for s in "qk"}
+            given |= {
+                f"{s}_norm_weight": rng.uniform(0.5, 1.5, self.dim).astype("f4") for s in "qk"
+            }
         self.layer = SimpleNamespace(
             layer_id=1, cache_quant_type_str=fmt, **(given | {"causal": True} | options)
         )
@@ -144,7 +148,7 @@ class Engine:
         # An engine may leave the decode requests out of the contiguous K and V, or not.
         counts = np.where(decodes & (number % 2 == 0), 0, cached + new)
         table = self.table[order].copy()
-        used = -(-(cached + new) // PAGE)
+        used = -(-(cached + new) // self.page)
         table[np.arange(table.shape[1]) >= used[:, None]] = -1
         return BatchMeta(
             caches=self.caches,
@@ -162,7 +166,9 @@ class Engine:
     def tokens(self, step):
         """Random qkv of a step; NaN in the padding rows."""
         rows = sum(entry[1] for entry in step.entries)
-        qkv = floats(self.rng, (rows + PADDING, (QUERY_HEADS + 2 * HEADS) * DIM), self.dtype)
+        qkv = floats(
+            self.rng, (rows + PADDING, (self.query_heads + 2 * self.heads) * self.dim), self.dtype
+        )
         qkv[rows:] = np.nan
         return qkv
 
@@ -181,12 +187,12 @@ class Engine:
         qkv = self.tokens(step)
         meta = self.meta(step, number, self.mask_offsets(step) if masked else None)
         before = [bits(cache) for cache in self.caches]
-        out = self.backend.forward_mixed(qkv, self.layer, meta)
+        out = self._forward(qkv, meta)
         rows = int(meta.cu_seqlens_q[-1])
-        assert out.shape == (rows + PADDING, QUERY_HEADS, DIM)
+        assert out.shape == (rows + PADDING, self.query_heads, self.dim)
         assert out.dtype == qkv.dtype
         assert not out[rows:].any(), "padding rows are 0"
-        heads = oracle.values_of(qkv).reshape(len(qkv), -1, DIM)
+        heads = oracle.values_of(qkv).reshape(len(qkv), -1, self.dim)
         for b, entry in enumerate(step.entries):
             own = slice(int(meta.cu_seqlens_q[b]), int(meta.cu_seqlens_q[b + 1]))
             cached = self.lengths[entry[0]]
@@ -207,9 +213,12 @@ class Engine:
             assert_same_bits(cache, want)  # nothing else was written
         seen.outs.append(out)
 
+    def _forward(self, qkv, meta):
+        return self.backend.forward_mixed(qkv, self.layer, meta)
+
     def _rotate(self, heads, cached):
         """Float64 Q, K, V of one request's new tokens, after norm and RoPE."""
-        q, k, v = np.split(heads, [QUERY_HEADS, QUERY_HEADS + HEADS], axis=1)
+        q, k, v = np.split(heads, [self.query_heads, self.query_heads + self.heads], axis=1)
         if not self.rotated:
             return q, k, v
         layer, at = self.layer, slice(cached, cached + len(heads))
@@ -239,7 +248,7 @@ class Engine:
             )
             is_exact = side == "v" or not self.rotated
             for j in range(len(x)):
-                page, slot = pages[(cached + j) // PAGE], (cached + j) % PAGE
+                page, slot = pages[(cached + j) // self.page], (cached + j) % self.page
                 for index, bits_of in ((first + at, stored), (first + 2 + at, scale)):
                     if bits_of is None:
                         continue
@@ -259,7 +268,7 @@ class Engine:
         relative = {"none": 2.0**-7, "cache_fp8": 1 / 8, "block_wise_fp8": 1 / 8}
         if self.fmt in relative:
             return relative[self.fmt] * np.abs(x) + 0.01
-        return 1.001 * np.asarray(dequant, np.float64).reshape(HEADS, -1)
+        return 1.001 * np.asarray(dequant, np.float64).reshape(self.heads, -1)
 
     def _check_rows(self, out, q, k, v, held, intervals, exact, seen):
         new, length = len(q), len(held["k"])
@@ -278,7 +287,7 @@ class Engine:
         assert not out[~mask.any(axis=1)].any(), "a row that sees no key is exactly 0"
         seen.rows += new
         plain = oracle.visible_mask(new, length, True)
-        scale = {"scale": DIM**-0.5}
+        scale = {"scale": self.dim**-0.5}
         other, _ = oracle.attention(q, sides["k"], sides["v"], plain, **scale)
         seen.changed = max(seen.changed, float((np.abs(other - want) / allowed).max()))
         read, _ = oracle.attention(q, held["k"], held["v"], mask, **options)
@@ -287,7 +296,7 @@ class Engine:
     def _options(self):
         scale = getattr(self.layer, "softmax_scale", None)
         return {
-            "scale": DIM**-0.5 if scale is None else scale,
+            "scale": self.dim**-0.5 if scale is None else scale,
             "soft_cap": getattr(self.layer, "soft_cap", None),
             "sinks": getattr(self.layer, "sinks", None),
         }
@@ -303,7 +312,7 @@ class Engine:
         unit = ROUNDING[self.dtype]
         rounded = 0.0 if self.dtype == "float32" else unit
         norms = np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max()
-        score = options["scale"] * norms * ((32 + DIM + 2) * EPS + 2 * rounded)
+        score = options["scale"] * norms * ((32 + self.dim + 2) * EPS + 2 * rounded)
         score += 8 * EPS * (options["soft_cap"] or 0)
         weight = 4 * score + 4 * (len(k) + 8) * EPS
         return (weight + 2 * EPS + rounded) * np.abs(v).max() + unit * np.abs(want)

@@ -3,18 +3,23 @@
 
 from pathlib import Path
 
-from fastkv.backends import BACKEND_NAMES, FEATURES
+import pytest
+
+from fastkv.backends import BACKEND_NAMES, FEATURES, kernels
 from fastkv.backends.features import BACKENDS, markdown_table
 
 POLICIES = Path(__file__).resolve().parents[2] / "docs" / "policies.md"
 
 
-def test_feature_table_is_the_one_of_the_code():
+@pytest.mark.parametrize(
+    ("name", "printed"), [("feature", markdown_table), ("kernels", kernels.markdown_table)]
+)
+def test_a_table_is_the_one_of_the_code(name, printed):
     text = POLICIES.read_text("utf-8")
-    begin, end = "<!-- feature table -->", "<!-- /feature table -->"
+    begin, end = f"<!-- {name} table -->", f"<!-- /{name} table -->"
     assert text.count(begin) == text.count(end) == 1
     shown = text.partition(begin)[2].partition(end)[0]
-    assert shown.strip() == markdown_table()
+    assert shown.strip() == printed()
 
 
 def test_feature_table_has_a_cell_for_everything():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastkv.arrays.library import OnDevice
 from fastkv.cache import LayerCache
 from fastkv.dtypes import ITEMSIZE
-from fastkv.ops.cuda import faults, jit, tensors
+from fastkv.ops.cuda import faults, jit, serve, tensors
 from fastkv.ops.cuda.launch import INT32, INT64, POINTER, Kernel, completed
 from fastkv.ops.cuda.tensors import VECTOR, Blob
 
@@ -63,6 +63,7 @@ def _prepare(checker: "Checker", cache: LayerCache) -> _Plan:
     counts = [sizes["N"], sizes["Hkv"], parts]
     constants = Blob.of((INT64, tensors.cache_strides(checker, cache)), (INT32, counts))
     index = tensors.device_index(checker)
+    serve.require_device(checker, cache, index)
     scale_bytes = ITEMSIZE[spec.scale_dtype] if cache.quant.needs_paged_scales else 0
     defines = _defines(row_bytes, scale_bytes, tensors.page_shift(checker))
     what = jit.Specialization.of("copy_pages", **defines)

@@ -111,6 +111,11 @@ _compiled: dict[tuple[Specialization, int], Any] = {}
 _lock = threading.Lock()
 
 
+def loaded() -> int:
+    """How many functions this process has loaded, on all devices."""
+    return len(_compiled)
+
+
 def function(what: Specialization, index: int) -> Any:
     """CuPy's function of a specialization, loaded on device `index`; compiled once a process."""
     found = _compiled.get((what, index))

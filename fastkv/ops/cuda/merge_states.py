@@ -4,7 +4,7 @@
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastkv.arrays.library import OnDevice
-from fastkv.ops.cuda import jit, tensors
+from fastkv.ops.cuda import jit, serve, tensors
 from fastkv.ops.cuda.launch import INT32, INT64, POINTER, Kernel, completed
 from fastkv.ops.cuda.tensors import CTYPE, Blob
 
@@ -62,6 +62,7 @@ def _prepare(checker: "Checker", outs: dict[str, Any], lses: tuple[Any, Any]) ->
     chunks = sizes["T"] * sizes["Hq"] * dim // 8
     constants = Blob.of((INT64, [*strides, chunks]), (INT32, [sizes["Hq"]]))
     index = tensors.device_index(checker)
+    serve.require_device(checker, None, index)
     what = jit.Specialization.of("merge_states", **_defines(checker.dtype("out_a"), dim))
     return _Plan(
         Kernel(what, index, _fields(constants.field), _THREADS),

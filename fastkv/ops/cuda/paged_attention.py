@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastkv.ops.cuda import faults, jit, tensors
+from fastkv.ops.cuda import faults, jit, serve, tensors
 from fastkv.ops.cuda.launch import FLOAT, INT32, POINTER, Kernel
 from fastkv.ops.cuda.workspace import workspace
 
@@ -84,6 +84,7 @@ class Prepared:
     def __init__(
         self, checker: "Checker", cache: "LayerCache", q: Any, out: Any, block_table: Any, rest: Any
     ) -> None:
+        serve.require_served(checker, cache, tensors.device_index(checker))
         sizes = checker.sizes
         dim, heads = tensors.require_head_dim(checker, 32), sizes["Hkv"]
         group = sizes["Hq"] // heads

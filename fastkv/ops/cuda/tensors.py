@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastkv import arrays
 from fastkv.dtypes import ITEMSIZE
 from fastkv.errors import UnsupportedError
-from fastkv.ops.cuda import jit
+from fastkv.ops.cuda import serve
 
 if TYPE_CHECKING:
     from fastkv.cache import LayerCache
@@ -30,9 +30,6 @@ CTYPE = {
 }
 #: Bytes that the kernels load at once.
 VECTOR = 16
-# The least compute capability with the conversions of a storage dtype; any other: MIN_SM.
-_LEAST_SM = {"float8_e4m3fn": 89}
-MIN_SM = 80
 
 
 class Blob(NamedTuple):
@@ -179,10 +176,8 @@ def codec_defines(quant: "QuantSpec", storage: str, scale_dtype: str) -> dict[st
 
 def cache_defines(checker: "Checker", cache: "LayerCache") -> dict[str, object]:
     """`codec_defines` of a layer; refuses what the device has no conversions for."""
+    serve.require_device(checker, cache, device_index(checker))
     storage = cache.spec.storage_dtype(cache.layer_id)
-    least, sm = _LEAST_SM.get(storage, MIN_SM), jit.device_facts(device_index(checker)).sm
-    if sm < least:
-        raise unsupported(checker, "device", f"sm_{least} or newer for {storage}", f"sm_{sm}")
     return codec_defines(cache.quant, storage, cache.spec.scale_dtype)
 
 

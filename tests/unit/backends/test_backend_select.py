@@ -30,7 +30,7 @@ from helpers.recording import RecordingOps
 from helpers.sentinels import FORMATS
 
 CLASSES = {"append": AppendBackend, "flash": FlashBackend, "flash_mask": FlashMaskBackend}
-#: A build that has CUDA kernels, as a later version will.
+#: A build whose CUDA kernels have every op, as a later version's will.
 BUILT = {
     "reference": Kernels(name="reference", kind="cpu"),
     "cuda": Kernels(
@@ -39,6 +39,8 @@ BUILT = {
         min_sm=80,
         min_sm_by_storage={"float8_e4m3fn": 89},
         head_dims=(64, 128),
+        page_sizes=(16, 64),
+        groups=range(1, 9),
         storage=("bfloat16", "float16", "int8", "uint8", "float8_e4m3fn"),
     ),
 }
@@ -129,9 +131,15 @@ def picky(monkeypatch):
     rows = (
         BackendRow("append", (), (), "", MappingProxyType({"sinks": "A has none"})),
         BackendRow(
-            "flash_mask", (), (), "", MappingProxyType({"sinks": "M neither", "window": "M no"})
+            "flash_mask",
+            ("masked_attention",),
+            (),
+            "",
+            MappingProxyType({"sinks": "M neither", "window": "M no"}),
         ),
-        BackendRow("flash", (), (), "", MappingProxyType({"soft_cap": "F never"})),
+        BackendRow(
+            "flash", ("masked_attention",), (), "", MappingProxyType({"soft_cap": "F never"})
+        ),
     )
     monkeypatch.setattr(select, "BACKENDS", {row.name: row for row in rows})
     monkeypatch.setattr(select, "BACKEND_NAMES", tuple(row.name for row in rows))
@@ -164,7 +172,7 @@ def test_error_of_auto_has_every_reason_of_every_backend():
     assert "on cuda (sm_90) with sinks, soft_cap, window" in error.request
     for reason in ("A has none", "M neither", "M no", "F never"):
         assert reason in str(error)
-    assert str(error).count("this version has no CUDA kernels") == 3
+    assert str(error).count("no masked_attention: this version has no CUDA kernel for it") == 2
 
 
 def test_auto_takes_the_first_when_nothing_is_asked():
@@ -214,12 +222,25 @@ def test_device_that_nobody_knows(text):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("name", [*BACKEND_NAMES, "auto"])
-def test_this_version_refuses_every_gpu(name, fmt):
-    error = refused(name, spec_of(fmt), "cuda:90")
-    assert len(error.rejected) == (len(BACKEND_NAMES) if name == "auto" else 1)
-    for _, reason in error.rejected:
-        assert reason == "this version has no CUDA kernels"
+@pytest.mark.parametrize("name", ["append", "auto"])
+def test_append_runs_on_a_gpu(name, fmt):
+    choice = select_backend(name, spec_of(fmt), "cuda:90")
+    assert (choice.backend, choice.kernel, choice.rejected) == ("append", "cuda", ())
+
+
+@pytest.mark.parametrize("name", ["flash", "flash_mask"])
+def test_backends_of_an_op_without_a_kernel_are_refused(name):
+    error = refused(name, spec_of(), "cuda:90")
+    reason = "no masked_attention: this version has no CUDA kernel for it; append needs none"
+    assert error.rejected == ((name, reason),)
+    assert select_backend(name, spec_of(), "cuda:90", kernels=BUILT).kernel == "cuda"
+
+
+def test_auto_never_takes_what_an_op_lacks():
+    row = Kernels(**{**fields_of(BUILT["cuda"]), "lacks": {"paged_attention": "not built"}})
+    error = refused("auto", spec_of(), "cuda:90", kernels={"cuda": row})
+    reason = "no paged_attention: not built"
+    assert error.rejected == tuple((name, reason) for name in BACKEND_NAMES)
 
 
 def test_a_gpu_never_falls_back_to_the_reference():
@@ -239,14 +260,12 @@ def test_a_gpu_never_falls_back_to_the_reference():
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("sm", [75, 80, 86, 89, 90, 120])
 def test_what_a_gpu_lacks(sm, fmt, kernels):
-    row = kernels["cuda"]
-    built = {"cuda": Kernels(**{**fields_of(row), "unavailable": None})}
     is_fp8 = "fp8" in fmt
     device = f"cuda:{sm}"
     if sm >= (89 if is_fp8 else 80):
-        assert select_backend("append", spec_of(fmt), device, kernels=built).kernel == "cuda"
+        assert select_backend("append", spec_of(fmt), device, kernels=kernels).kernel == "cuda"
         return
-    text = str(refused("append", spec_of(fmt), device, kernels=built))
+    text = str(refused("append", spec_of(fmt), device, kernels=kernels))
     assert ("needs sm_80 or newer, the device is cuda (sm_75)" in text) == (sm < 80)
     wants_fp8 = f"float8_e4m3fn needs sm_89 or newer, the device is cuda (sm_{sm})"
     assert (wants_fp8 in text) == is_fp8
@@ -272,6 +291,53 @@ def test_head_dim_that_kernels_lack(head_dim, served):
         error = refused("append", spec, "cuda:90", kernels=BUILT)
         assert f"head dim {head_dim} is none of 64, 128" in str(error)
     assert select_backend("append", spec, "cpu", kernels=BUILT).kernel == "reference"
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 16, 32, 64, 128, 256])
+def test_page_size_that_kernels_lack(page_size):
+    spec = CacheSpec(1, 2, 128, page_size, "cache_int8")
+    if page_size in (16, 32, 64, 128):
+        assert select_backend("append", spec, "cuda:90").kernel == "cuda"
+    else:
+        reason = f"page size {page_size} is none of 16, 32, 64, 128"
+        assert refused("append", spec, "cuda:90").rejected == (("append", reason),)
+    assert select_backend("append", spec, "cpu").kernel == "reference"
+
+
+@pytest.mark.parametrize("group", [1, 7, 16, 17, 64])
+def test_query_heads_that_kernels_lack(group):
+    spec = spec_of("cache_int8")
+    asked = {"num_query_heads": group * spec.num_kv_heads}
+    if group <= 16:
+        assert select_backend("append", spec, "cuda:90", **asked).kernel == "cuda"
+        assert get_backend(spec, name="append", device="cuda:90", **asked).name == "append"
+    else:
+        reason = f"{group} query heads a KV head are outside 1 to 16"
+        assert refused("append", spec, "cuda:90", **asked).rejected == (("append", reason),)
+        with pytest.raises(SelectionError, match=reason):
+            get_backend(spec, name="append", device="cuda:90", **asked)
+    assert select_backend("append", spec, "cpu", **asked).kernel == "reference"
+
+
+@pytest.mark.parametrize("count", [0, -2, 3, 2.0, True, "2"])
+def test_query_heads_that_cannot_be(count):
+    with pytest.raises(ContractError) as caught:
+        select_backend("append", spec_of(), num_query_heads=count)
+    assert caught.value.argument == "num_query_heads"
+    assert caught.value.expected == "None or a multiple of the 2 KV heads"
+    assert caught.value.got == repr(count)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "served"), [(64, True), (96, True), (80, False), (512, False)]
+)
+def test_head_dims_of_this_version(head_dim, served):
+    spec = spec_of("none", head_dim)
+    if served:
+        assert select_backend("auto", spec, "cuda:80").kernel == "cuda"
+    else:
+        text = f"head dim {head_dim} is none of 64, 96, 128, 256"
+        assert text in str(refused("auto", spec, "cuda:80"))
 
 
 def test_float32_cache_is_for_the_reference():
@@ -336,7 +402,7 @@ def test_environment_is_never_overridden_either(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "flash")
     with pytest.raises(SelectionError, match="no interval of keys"):
         get_backend(spec_of(), features=["mask_offsets_on_prefill"])
-    with pytest.raises(SelectionError, match="no CUDA kernels"):
+    with pytest.raises(SelectionError, match="no masked_attention"):
         get_backend(spec_of(), device="cuda:90")
 
 

@@ -45,12 +45,29 @@ def test_select_refuses_with_the_reason_and_exits_with_1(run):
     assert [name for name, _ in result["rejected"]] == ["flash"]
 
 
-def test_select_on_a_gpu_says_what_is_missing(run):
+def test_select_on_a_gpu_says_what_runs(run):
     code, printed = run("select", "--device", "cuda:90")
+    assert code == 0
+    assert "append on cuda: the default" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--backend", "flash"), "no masked_attention: this version has no CUDA kernel for it"),
+        (("--device", "cuda:80", "--quant", "cache_fp8"), "float8_e4m3fn needs sm_89 or newer"),
+        (("--head-dim", "80"), "head dim 80 is none of 64, 96, 128, 256"),
+        (("--page-size", "8"), "page size 8 is none of 16, 32, 64, 128"),
+        (("--group", "17"), "17 query heads a KV head are outside 1 to 16"),
+        (("--dtype", "float32"), "no float32 cache"),
+    ],
+)
+def test_select_on_a_gpu_says_what_is_missing(run, arguments, reason):
+    code, printed = run("select", "--device", "cuda:90", *arguments, "--json", "-")
     assert code == 1
-    assert "this version has no CUDA kernels" in printed.out
-    for name in BACKEND_NAMES:
-        assert name in printed.out
+    result = json.loads(printed.out)
+    assert result["kernel"] is None
+    assert reason in result["reason"]
 
 
 def test_select_takes_the_environment_variable_and_an_option_wins(run, monkeypatch):
@@ -91,16 +108,21 @@ def test_doctor_reports_versions_devices_and_what_runs(run):
     assert {(row["backend"], row["kernel"]) for row in on_cpu} == {("append", "reference")}
 
 
-def test_doctor_shows_a_gpu_as_refused(run, monkeypatch):
+def test_doctor_shows_what_runs_on_a_gpu(run, monkeypatch):
     monkeypatch.setattr(
         "fastkv.cli.doctor.found_devices",
-        lambda: ([devices.Device("cpu"), devices.Device("cuda", 90)], ["cupy sees 1 GPU(s)"]),
+        lambda: ([devices.Device("cpu"), devices.Device("cuda", 80)], ["cupy sees 1 GPU(s)"]),
     )
     code, printed = run("doctor")
     assert code == 0
     assert "cupy sees 1 GPU(s)" in printed.out
-    assert "cuda (sm_90)" in printed.out
-    assert "this version has no CUDA kernels" in printed.out
+    assert "cuda (sm_80)" in printed.out
+    report = json.loads(run("doctor", "--json", "-")[1].out)
+    on_gpu = [row for row in report["selection"] if row["device"] == "cuda (sm_80)"]
+    kernels = {row["format"]: row["kernel"] for row in on_gpu}
+    assert kernels == {quant: None if "fp8" in quant else "cuda" for quant in QUANT_SPECS}
+    refused = [row for row in on_gpu if row["kernel"] is None]
+    assert all("float8_e4m3fn needs sm_89" in row["reason"] for row in refused)
 
 
 def test_doctor_names_a_misspelt_backend_and_exits_with_2(run, monkeypatch):

@@ -7,6 +7,7 @@ import inspect
 import re
 from enum import Enum
 from importlib import resources
+from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import fastkv
 from fastkv import CacheSpec, ops, quant
 from fastkv.backends import resolve
+from fastkv.backends.kernels import KERNELS
 from fastkv.contracts import calls
 from fastkv.errors import MissingTensorError, UnknownNameError
 from fastkv.ops.reference import codecs
@@ -24,6 +26,9 @@ from helpers.batches import floats, make_batch, poison, running_sum
 from helpers.calls import OPS
 from helpers.compare import assert_close, assert_same_bits
 
+ROOT = Path(__file__).resolve().parents[3]
+# Ops without a kernel, and why: each other one has launcher, kernel and GPU test.
+NO_KERNEL = {"masked_attention": "comes with the prefill kernels; refused on a GPU until then"}
 # What the reference's folder holds besides the ops.
 SHARED = {"__init__", "attend", "codecs", "paging", "values"}
 
@@ -49,6 +54,32 @@ def test_each_place_defines_the_op(op):
     assert public.__module__ == f"fastkv.ops.{op}"
     assert getattr(module, op).__module__ == module.__name__
     assert getattr(calls, op).__module__ == calls.__name__
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_a_launcher_a_kernel_and_a_gpu_test(op):
+    places = {
+        "launcher": resources.files("fastkv.ops.cuda") / f"{op}.py",
+        "kernel": resources.files("fastkv.ops.cuda") / "kernels" / f"{op}.cu",
+        "GPU test": ROOT / "tests" / "gpu" / f"test_{op}.py",
+    }
+    found = {what for what, path in places.items() if path.is_file()}
+    assert found == (set() if op in NO_KERNEL else set(places))
+
+
+def test_an_op_without_a_kernel_is_in_the_table_of_kernels():
+    assert set(KERNELS["cuda"].lacks) == set(NO_KERNEL)
+
+
+@pytest.mark.parametrize("op", sorted(set(OPS) - set(NO_KERNEL)))
+def test_a_launcher_takes_what_dispatch_hands_over(op):
+    launcher = importlib.import_module(f"fastkv.ops.cuda.{op}")
+    reference = importlib.import_module(f"fastkv.ops.reference.{op}")
+    assert getattr(launcher, op).__module__ == launcher.__name__
+    first, *given = inspect.signature(getattr(launcher, op)).parameters
+    assert first == "checker"
+    assert given == list(inspect.signature(getattr(reference, op)).parameters)
+    assert all(what.kernel.startswith(op) for what in launcher.specializations())
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -3,11 +3,14 @@
 
 import importlib
 import math
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from fastkv import Rope, StaticScales, arrays
+from fastkv.backends.kernels import KERNELS
 from fastkv.errors import (
     ContractError,
     DtypeError,
@@ -19,6 +22,7 @@ from fastkv.errors import (
     SurplusTensorError,
     UnsupportedError,
 )
+from fastkv.ops import dispatch
 from helpers.batches import FORMATS, floats
 from helpers.calls import OPS, REQUIRED, WITH_CACHE, legal_call
 
@@ -26,7 +30,15 @@ STATIC = ("k_quant", "k_dequant", "v_quant", "v_dequant")
 
 
 @pytest.fixture
-def implementations(mocker):
+def fresh_dispatch():
+    """Dispatch looks an implementation up once a process; here before and after the test."""
+    dispatch._function.cache_clear()
+    yield
+    dispatch._function.cache_clear()
+
+
+@pytest.fixture
+def implementations(mocker, fresh_dispatch):
     """Spies on what runs the ops, all under one mock."""
     every = mocker.Mock()
     for op in OPS:
@@ -403,9 +415,13 @@ def other_library(monkeypatch):
     def zeros_like(_, shape, dtype):
         return OtherTensor(np.zeros(shape, arrays.numpy_dtype(dtype)))
 
+    def empty(shape, dtype, _):
+        return OtherTensor(np.zeros(shape, arrays.numpy_dtype(dtype)))
+
     monkeypatch.setattr("fastkv.contracts.tensors.describe", describe)
     monkeypatch.setattr("fastkv.arrays.describe", describe)
     monkeypatch.setattr("fastkv.arrays.zeros_like", zeros_like)
+    monkeypatch.setattr("fastkv.arrays.on_device", lambda _: SimpleNamespace(empty=empty))
 
 
 @pytest.mark.usefixtures("other_library")
@@ -431,16 +447,46 @@ def test_tensors_of_two_devices(op, fmt, name, implementations):
     assert implementations.mock_calls == []
 
 
-@pytest.mark.usefixtures("other_library")
+@pytest.fixture
+def other_call(other_library, monkeypatch):
+    """A legal call whose tensors all live on a device."""
+
+    def make(op, device):
+        monkeypatch.setattr(OtherTensor, "device", device)
+        call = legal_call(op, "block_wise_fp8")
+        for name in call.arrays():
+            call[name] = OtherTensor(call[name])
+        return call
+
+    return make
+
+
+@pytest.mark.usefixtures("fresh_dispatch")
 @pytest.mark.parametrize("op", OPS)
-def test_a_device_tensor_never_runs_on_the_reference(op, mocker):
-    call = legal_call(op, "block_wise_fp8")
+def test_a_gpu_tensor_runs_on_its_kernel_and_never_on_the_reference(op, mocker, other_call):
     reference = mocker.patch(f"fastkv.ops.reference.{op}.{op}")
-    for name in call.arrays():
-        call[name] = OtherTensor(call[name])
-    error = call.raises(UnsupportedError)
-    assert (error.op, error.argument, error.got) == (op, "device", "cuda:0")
-    reference.assert_not_called()
+    kernel = mocker.Mock()
+    mocker.patch.dict(sys.modules, {f"fastkv.ops.cuda.{op}": SimpleNamespace(**{op: kernel})})
+    call = other_call(op, "cuda:0")
+    if op in KERNELS["cuda"].lacks:
+        error = call.raises(UnsupportedError)
+        assert (error.op, error.argument, error.got) == (op, "device", "cuda:0")
+        assert kernel.call_count == 0
+    else:
+        call.run()
+        assert kernel.call_count == 1
+        checker, *positional = kernel.call_args.args
+        assert checker.op == op
+        assert positional[0] is next(iter(call.arguments.values()))
+    assert reference.call_count == 0
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_tensor_elsewhere_runs_nowhere(op, other_call, implementations):
+    error = other_call(op, "xpu:0").raises(UnsupportedError)
+    assert (error.op, error.argument, error.got) == (op, "device", "xpu:0")
+    assert "never runs on the reference" in error.hint
+    assert implementations.mock_calls == []
 
 
 # --- what is written must be writeable --------------------------------------------------------
