@@ -73,7 +73,7 @@ def _shared_struct(dim: int, columns: int) -> int:
     """At least `kSharedBytes` of kernels/paged/shared.cuh, which asserts it."""
     rows = 8 * columns
     query = dim // 16 * columns * 32 * 8
-    parts = max(4 * (4 if columns == 4 else 8) * (dim + 4) * 4, 5 * _GROUP * rows * 4)
+    parts = max(4 * (4 if columns == 4 or dim > 128 else 8) * (dim + 4) * 4, 5 * _GROUP * rows * 4)
     fold = 4 * rows * dim + 6 * rows * 12 + 5 * rows * 4 + 8 * dim
     return query + parts + fold + 8 * _WARPS * STAGES + 8 * _GROUP + 512
 

@@ -91,7 +91,7 @@ __device__ __forceinline__ void load_query(const Params& p, Shared& sh, int c) {
   }
   zero += __shfl_xor_sync(~0u, zero, 1);
   zero += __shfl_xor_sync(~0u, zero, 2);
-  if (t == 0) sh.factor[row] = factor, sh.zero[row] = zero;
+  if (t == 0) sh.factor[row] = factor, sh.shift[row] = -factor * zero;
 }
 
 // What write_output needs, loaded while the first tiles are on their way.

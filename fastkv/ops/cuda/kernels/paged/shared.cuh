@@ -18,7 +18,7 @@ struct NodeTable {
 };
 
 // Rows whose O the warps put together at once.
-constexpr int kPassRows = kColumns == 4 ? 4 : 8;
+constexpr int kPassRows = kColumns == 4 || kD > 128 ? 4 : 8;
 
 struct Shared {
   // The block's share of the work and where it is in it: the same for all threads.
@@ -37,7 +37,7 @@ struct Shared {
   float sum[kRows][kD];
   RowState row[2][kRows];
   int low[kRows], high[kRows];  // keys that a query row sees
-  float factor[kRows], zero[kRows];
+  float factor[kRows], shift[kRows];          // from products to scores
   float sink[kRows];                          // in base 2, -inf where there is none
   float value_scale[kStaticScales ? kD : 1];  // dequant and zero point of V's channels
   float value_zero[kZeroPoints ? kD : 1];
