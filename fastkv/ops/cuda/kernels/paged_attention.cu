@@ -92,11 +92,7 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
   stages += threadIdx.x / 32 * (kStages * kStageBytes);
   Stream stream(p, sh, low, high, shared_address(stages));
 #pragma unroll
-  for (int i = 0; i < kStages; ++i) {
-    stream.issue_keys(i);
-    __syncwarp();
-    stream.issue_values(i);
-  }
+  for (int i = 0; i < kStages - 1; ++i) stream.issue();
   STAMP(2);
   for (int c = threadIdx.x / 32; c < kColumns; c += kWarps) load_query(p, sh, c);
   load_output_parameters(p, sh);
@@ -115,8 +111,13 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
     w.clear();
     const int stop = (first + chunk + 1) * chunk_tokens;
     for (; tile < stream.tiles && stream.token(tile) < stop; ++tile) {
+      stream.wait();
+      stream.issue();
       [[maybe_unused]] float next_k = 0.f, next_v = 0.f;
-      if constexpr (kPagedScales) stream.fetch_scales(tile + 1, next_k, next_v);
+      if constexpr (kPagedScales) {
+        __syncwarp();
+        stream.fetch_scales(tile + 1, next_k, next_v);
+      }
       attend_tile(w, p, sh, query, stream, see, tile, k_scale, v_scale);
       if constexpr (kPagedScales) k_scale = next_k, v_scale = next_v;
     }

@@ -14,6 +14,7 @@ struct Stream {
   int first;       // the warp's first tile
   int tiles;       // that it takes
   u32 stages;      // shared address of its stages
+  int issued = 0;
   int held = 0;    // tile that page_ids begin with
   int page_ids, next_ids;
 
@@ -39,63 +40,52 @@ struct Stream {
     return checked_page(page_id(p.block_table, p.table, request, at), p.table, request, p.faults);
   }
 
-  // Start the copies of a tile's K, and later of its V, if there is such a tile; their places in the
-  // pipeline are taken anyway. The tile that had the stage must have been multiplied by all lanes.
-  __device__ __forceinline__ void issue_keys(int tile) {
-    if (tile < tiles) {
-      if (tile - held == kHeld) {
-        page_ids = next_ids, held = tile;
-        next_ids = fetch_ids(tile + kHeld);
+  // Start the copy of the next tile, if there is one; its place in the pipeline is taken anyway.
+  __device__ __forceinline__ void issue() {
+    if (issued < tiles) {
+      if (issued - held == kHeld) {
+        page_ids = next_ids, held = issued;
+        next_ids = fetch_ids(issued + kHeld);
       }
       int page[F::kBlocks];
 #pragma unroll
       for (int i = 0; i < F::kBlocks; ++i) {
-        page[i] = __shfl_sync(~0u, page_ids, (tile - held) * F::kBlocks + i);
+        page[i] = __shfl_sync(~0u, page_ids, (issued - held) * F::kBlocks + i);
       }
       if (lane < F::kBlocks) {
-        sh.stage_page[warp][tile % kStages][lane] = lane == 0 ? page[0] : page[F::kBlocks - 1];
+        sh.stage_page[warp][issued % kStages][lane] = lane == 0 ? page[0] : page[F::kBlocks - 1];
       }
-      copy_side(stage(tile), k, p.k_strides, page, token(tile));
-    }
-    commit_copies();
-  }
-  __device__ __forceinline__ void issue_values(int tile) {
-    if (tile < tiles) {
-      int at[F::kBlocks];
+      const int at = token(issued);
+      const u32 to = stage(issued);
+      bool whole = at >= low && at + kTile <= high;
 #pragma unroll
-      for (int i = 0; i < F::kBlocks; ++i) at[i] = page(tile, i);
-      copy_side(stage(tile) + kTileBytes, v, p.v_strides, at, token(tile));
+      for (int i = 0; i < F::kBlocks; ++i) whole = whole && page[i] >= 0;
+      if (whole) {
+        copy_tile<true>(to, k, p.k_strides, page, at);
+        copy_tile<true>(to + kTileBytes, v, p.v_strides, page, at);
+      } else {
+        copy_tile<false>(to, k, p.k_strides, page, at);
+        copy_tile<false>(to + kTileBytes, v, p.v_strides, page, at);
+      }
     }
+    ++issued;
     commit_copies();
-  }
-
-  __device__ __forceinline__ void copy_side(u32 to, const u8* side, const SideStrides& strides,
-                                            const int (&page)[F::kBlocks], int at) const {
-    bool whole = at >= low && at + kTile <= high;
-#pragma unroll
-    for (int i = 0; i < F::kBlocks; ++i) whole = whole && page[i] >= 0;
-    const u32 page_bytes = u32(strides.page), slot_bytes = u32(strides.slot);
-    const u32 last_slot = (1u << p.table.page_shift) - 1;
-    if (whole) {
-      copy_tile(to, side, page_bytes, slot_bytes, page, u32(at), last_slot, lane);
-    } else {
-      copy_edge(to, side, page_bytes, slot_bytes, page[0], page[F::kBlocks - 1], at, last_slot, low,
-                high);
-    }
   }
 
   // Strides are below 2^31 bytes (the launcher sees to it), so one wide multiplication each.
-  static __device__ __forceinline__ void copy_tile(u32 to, const u8* side, u32 page_bytes,
-                                                   u32 slot_bytes, const int (&page)[F::kBlocks],
-                                                   u32 at, u32 last_slot, int lane) {
+  template <bool kWhole>
+  __device__ __forceinline__ void copy_tile(u32 to, const u8* side, const SideStrides& strides,
+                                            const int (&page)[F::kBlocks], int at) const {
     constexpr int kPieces = F::kRowBytes / 16;
     constexpr bool kEven = 32 % kPieces == 0;  // a lane's pieces share a column
     static_assert(kTile * kPieces % 32 == 0, "every lane copies equally many pieces");
+    const u32 slot_bytes = u32(strides.slot), last_slot = (1u << p.table.page_shift) - 1;
     const u8* block[F::kBlocks];
 #pragma unroll
     for (int i = 0; i < F::kBlocks; ++i) {
-      block[i] = side + u64(u32(page[i])) * page_bytes;
-      block[i] += u64((at + 16 * i & last_slot) + (kEven ? lane / kPieces : 0)) * slot_bytes;
+      block[i] = side + u64(u32(kWhole ? page[i] : max(page[i], 0))) * u32(strides.page);
+      const u32 slot = u32(at + 16 * i) & last_slot;
+      block[i] += u64(slot + (kEven ? lane / kPieces : 0)) * slot_bytes;
       if constexpr (kEven) block[i] += lane % kPieces * 16;
     }
     const u32 mine = to + (kEven ? lane / kPieces * kPitch + lane % kPieces * 16 : 0);
@@ -108,31 +98,21 @@ struct Stream {
       from += (row & 15) * slot_bytes + column;
       // Keeps the compiler from holding every row's offset in registers across tiles.
       asm volatile("" : "+l"(from));
-      copy_async(mine + row * kPitch + column, from);
-    }
-  }
-
-  // The same where some token is not there: zeros in its place. Rare, so out of the way.
-  static __device__ __noinline__ void copy_edge(u32 to, const u8* side, u32 page_bytes,
-                                                u32 slot_bytes, int page0, int page1, int at,
-                                                u32 last_slot, int low, int high) {
-    constexpr int kPieces = F::kRowBytes / 16;
-#pragma unroll 1
-    for (int piece = threadIdx.x % 32; piece < kTile * kPieces; piece += 32) {
-      const int row = piece / kPieces, column = piece % kPieces * 16;
-      const int page = row < 16 ? page0 : page1;
-      const bool there = at + row >= low && at + row < high && page >= 0;
-      const u8* from = side;
-      if (there) {
-        from += u64(u32(page)) * page_bytes + u64(u32(at + row) & last_slot) * slot_bytes + column;
+      const u32 where = mine + row * kPitch + column;
+      if constexpr (kWhole) {
+        copy_async(where, from);
+      } else {
+        const int key = at + row + (kEven ? lane / kPieces : 0);
+        const int id = F::kBlocks == 1 || row < 16 ? page[0] : page[F::kBlocks - 1];
+        const bool there = key >= low && key < high && id >= 0;
+        copy_async(where, there ? from : side, there ? 16 : 0);
       }
-      copy_async(to + row * kPitch + column, from, there ? 16 : 0);
     }
   }
 
-  // The oldest copies in flight, a tile's K or V, have arrived for all lanes.
+  // The next tile has arrived for all lanes, and the stage of the one before it is free.
   __device__ __forceinline__ void wait() const {
-    wait_copies<2 * kStages - 1>();
+    wait_copies<kStages - 2>();
     __syncwarp();
   }
   __device__ __forceinline__ u32 stage(int tile) const {

@@ -356,8 +356,9 @@ __device__ __forceinline__ void soften(WarpState& w, Scores& s, Weights& b, floa
 }
 
 __device__ __forceinline__ void attend_tile(WarpState& w, const Params& p, const Shared& sh,
-                                            const Query& query, Stream& stream, const Bounds& see,
-                                            int tile, float k_scale, float v_scale) {
+                                            const Query& query, const Stream& stream,
+                                            const Bounds& see, int tile, float k_scale,
+                                            float v_scale) {
   TileMask mask;
   mask.token = stream.token(tile);
   mask.clean = mask.token >= see.clean_low && mask.token + kTile <= see.clean_high;
@@ -367,20 +368,14 @@ __device__ __forceinline__ void attend_tile(WarpState& w, const Params& p, const
     mask.clean = mask.clean && mask.there[i];
   }
   const u32 k_tile = stream.stage(tile), v_tile = k_tile + kTileBytes;
-  stream.wait();
   Scores scores = {};
   multiply_keys(scores, query, k_tile);
-  __syncwarp();
-  stream.issue_keys(tile + kStages);
   finish_scores(scores, p, sh, query, mask, k_scale);
   Weights weights;
   soften(w, scores, weights, v_scale);
-  stream.wait();
   if (F::kMayBeNotFinite && !mask.clean && any_not_finite(v_tile)) {
     add_values_by_row(w, weights, v_tile, sh, mask.token);
   } else {
     add_values(w, weights, v_tile);
   }
-  __syncwarp();
-  stream.issue_values(tile + kStages);
 }
