@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutation testing of the policies, the spec, the formats and the contracts.
+
+Works on copies of the checkout, which itself is never mutated. mutmut mutates what is inside
+functions, each mutant against those tests of its group that reach the function; cosmic-ray mutates
+the modules that are tables, of which mutmut sees nothing. See docs/mutation.md.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("fastkv", "tests", "docs", "README.md", "pyproject.toml")
+# No test leaves an exception behind in a destructor or thread; looking for one is a third of a run.
+PYTEST = ["-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "no:threadexception"]
+
+TEXTS = ["tests/unit/backends/test_policy_error_texts.py"]
+SPEC = [
+    *TEXTS,
+    "tests/unit/test_quant.py",
+    "tests/unit/test_spec.py",
+    # It reads the sources, which in the copy hold the mutants.
+    "--deselect=tests/unit/test_quant.py::test_no_source_compares_with_the_name_of_a_format",
+]
+BACKENDS = [
+    *TEXTS,
+    "tests/unit/backends/test_backend_before_writing.py",
+    "tests/unit/backends/test_backend_calls.py",
+    "tests/unit/backends/test_backend_required.py",
+    "tests/unit/backends/test_backend_resolve.py",
+    "tests/unit/backends/test_backend_select.py",
+    "tests/unit/test_docs_tables.py",
+]
+CONTRACTS = [
+    "tests/unit/backends/test_backend_before_writing.py",
+    "tests/unit/ops/test_op_contracts.py",
+    "tests/unit/ops/test_op_error_texts.py",
+    "tests/unit/scales/test_scales_bundle.py",
+]
+# Modules -> the tests that answer for them. Attention end to end is not among them: it is slow, and
+# would only hide that a unit test is missing.
+GROUPS = {
+    "spec": (["fastkv/quant.py", "fastkv/spec.py"], SPEC),
+    "backends": (["fastkv/backends/*.py"], BACKENDS),
+    "contracts": (["fastkv/contracts/*.py"], CONTRACTS),
+}
+TABLES = {
+    "fastkv/quant.py": SPEC,
+    "fastkv/backends/features.py": BACKENDS[-2:],
+    "fastkv/backends/kernels.py": BACKENDS[-2:-1],
+}
+
+
+def copy_checkout(target: Path) -> None:
+    target.mkdir()
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, target / name, ignore=ignored)
+        else:
+            shutil.copy(source, target / name)
+
+
+def run(*command: str, cwd: Path, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=cwd,
+        env=os.environ | {"CI": "1"} | (env or {}),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+# mutmut
+
+
+def run_mutmut(directory: Path, modules: list[str], tests: list[str]) -> list[dict[str, str]]:
+    config = {
+        "source_paths": ["fastkv"],
+        "only_mutate": modules,
+        "also_copy": ["README.md", "docs"],
+        "pytest_add_cli_args": PYTEST,
+        "pytest_add_cli_args_test_selection": tests,
+    }
+    with (directory / "pyproject.toml").open("a", encoding="utf-8") as file:
+        file.write("\n[tool.mutmut]\n")
+        file.writelines(f"{name} = {json.dumps(value)}\n" for name, value in config.items())
+    run("mutmut", "run", "--max-children", "1", cwd=directory)
+    return [
+        {"tool": "mutmut", "module": module, "mutant": name, "outcome": outcome}
+        | ({} if outcome in ("killed", "timeout") else shown(directory, name))
+        for module, name, outcome in mutmut_outcomes(directory)
+    ]
+
+
+def mutmut_outcomes(directory: Path) -> list[tuple[str, str, str]]:
+    every = run("mutmut", "results", "--all", "true", cwd=directory)
+    pairs = [line.strip().rpartition(": ") for line in every.splitlines() if ": " in line]
+    found = []
+    for name, _, outcome in pairs:
+        module = name.rpartition(".")[0].replace(".", "/") + ".py"
+        found.append((module, name, outcome))
+    return found
+
+
+def shown(directory: Path, name: str) -> dict[str, str]:
+    diff = run("mutmut", "show", name, cwd=directory).splitlines()
+    return changed_lines(diff)
+
+
+def changed_lines(diff: list[str]) -> dict[str, str]:
+    lines = [line for line in diff if not line.startswith(("---", "+++"))]
+    old = " ".join(line[1:].strip() for line in lines if line.startswith("-"))
+    new = " ".join(line[1:].strip() for line in lines if line.startswith("+"))
+    return {"old": old, "new": new}
+
+
+# cosmic-ray
+
+
+def run_cosmic_ray(directory: Path, module: str, tests: list[str]) -> list[dict[str, str]]:
+    name = Path(module).stem
+    command = [sys.executable, "-m", "pytest", "-x", "-q", *PYTEST, *tests]
+    config, session = f"{name}.toml", f"{name}.sqlite"
+    (directory / config).write_text(
+        "[cosmic-ray]\n"
+        f'module-path = "{module}"\n'
+        "timeout = 120.0\n"
+        "excluded-modules = []\n"
+        f"test-command = {json.dumps(' '.join(command))}\n"
+        '[cosmic-ray.distributor]\nname = "local"\n',
+        encoding="utf-8",
+    )
+    first = {"PYTHONPATH": str(directory)}  # in front of an installed fastkv
+    run("cosmic_ray.cli", "init", config, session, cwd=directory, env=first)
+    run("cosmic_ray.cli", "baseline", config, cwd=directory, env=first)
+    run("cosmic_ray.cli", "exec", config, session, cwd=directory, env=first)
+    dump = run("cosmic_ray.cli", "dump", session, cwd=directory)
+    return [cosmic_ray_outcome(module, *json.loads(line)) for line in dump.splitlines()]
+
+
+def cosmic_ray_outcome(module: str, item: dict, result: dict) -> dict[str, str]:
+    (mutation,) = item["mutations"]
+    operator = mutation["operator_name"].removeprefix("core/")
+    entry = {
+        "tool": "cosmic-ray",
+        "module": module,
+        "mutant": f"{operator} {mutation['occurrence']}",
+        "outcome": result["test_outcome"],
+    }
+    if entry["outcome"] == "killed":
+        return entry
+    return entry | changed_lines((result["diff"] or "").splitlines())
+
+
+# The result
+
+
+def report(mutants: list[dict[str, str]], seconds: float) -> dict:
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    counts = Counter((m["module"], m["tool"], m["outcome"]) for m in mutants)
+    modules: dict[str, dict[str, dict[str, int]]] = {}
+    for (module, tool, outcome), count in sorted(counts.items()):
+        modules.setdefault(module, {}).setdefault(tool, {})[outcome] = count
+    return {
+        "commit": commit,
+        "python": sys.version.split()[0],
+        "tools": {tool: version(tool) for tool in ("mutmut", "cosmic-ray", "pytest")},
+        "minutes": round(seconds / 60),
+        "modules": modules,
+        "survivors": [m for m in mutants if m["outcome"] not in ("killed", "timeout")],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write counts and survivors to this file")
+    parser.add_argument("--only", choices=[*GROUPS, "tables"], nargs="*", help="these parts alone")
+    arguments = parser.parse_args()
+    parts = arguments.only or [*GROUPS, "tables"]
+    began, mutants = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for part in parts:
+            directory = Path(folder) / part
+            copy_checkout(directory)
+            if part == "tables":
+                for module, tests in TABLES.items():
+                    mutants += run_cosmic_ray(directory, module, tests)
+            else:
+                mutants += run_mutmut(directory, *GROUPS[part])
+            print(part, dict(Counter(m["outcome"] for m in mutants)), flush=True)
+    text = json.dumps(report(mutants, time.monotonic() - began), indent=1, ensure_ascii=False)
+    if arguments.json:
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
