@@ -11,7 +11,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from fastkv.arrays.library import ArrayInfo, Library, numpy_dtype
+from fastkv.arrays.library import ArrayInfo, Library, OnDevice, numpy_dtype
 from fastkv.dtypes import ITEMSIZE
 from fastkv.errors import DtypeError, PlacementError, ReadOnlyError, unknown_name
 from fastkv.optional import require
@@ -27,6 +27,8 @@ __all__ = [
     "describe",
     "from_host",
     "numpy_dtype",
+    "on_device",
+    "signature",
     "to_host",
     "zeros",
     "zeros_like",
@@ -98,6 +100,21 @@ def zeros_like(info: ArrayInfo, shape: tuple[int, ...], dtype: str) -> Any:
 def convert(array: Any, library: str, device: str = "cpu") -> Any:
     """A copy of a CPU tensor in another library, on a device."""
     return from_host(to_host(array).copy(), library, device)
+
+
+def signature(array: Any) -> Any:
+    """A hashable of a GPU tensor's metadata; None for anything else."""
+    library = _by_type.get(type(array))
+    if library is None or library.on_device is None:
+        return None  # never met: `describe` has the errors
+    return library.on_device.signature(array)
+
+
+def on_device(library: str) -> OnDevice:
+    """How a library's GPU tensors are launched on."""
+    found = _load(library).on_device
+    assert found is not None, "NumPy has no GPU tensors"
+    return found
 
 
 @cache

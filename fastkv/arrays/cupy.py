@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import cupy
 
-from fastkv.arrays.library import ArrayInfo, Library, cuda_index, numpy_dtype
+from fastkv.arrays.library import ArrayInfo, Library, OnDevice, cuda_index, distinct, numpy_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,7 +18,10 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def _describe(array: Any, _: str, __: str) -> ArrayInfo:
-    return ArrayInfo("cupy", f"cuda:{array.device.id}", _dtype_name(array.dtype), array.shape)
+    apart = array.flags.c_contiguous or distinct(array.shape, array.strides)
+    return ArrayInfo(
+        "cupy", f"cuda:{array.device.id}", _dtype_name(array.dtype), array.shape, apart
+    )
 
 
 def _storage(dtype: str) -> Any:
@@ -40,4 +43,33 @@ def _from_host(host: "NDArray[Any]", device: str) -> Any:
         return cupy.asarray(host.view(_storage(host.dtype.name)))
 
 
-LIBRARY = Library(_describe, _zeros, _to_host, _from_host)
+def _signature(array: Any) -> Any:
+    return cupy.ndarray, array.shape, array.strides, array.dtype, array.data.device_id
+
+
+def _pointer(array: Any) -> int:
+    return int(array.data.ptr)
+
+
+def _strides(array: Any) -> tuple[int, ...]:
+    return tuple(stride // array.itemsize for stride in array.strides)
+
+
+def _empty(shape: tuple[int, ...], dtype: str, index: int) -> Any:
+    if index == cupy.cuda.runtime.getDevice():
+        return cupy.empty(shape, _storage(dtype))
+    with cupy.cuda.Device(index):
+        return cupy.empty(shape, _storage(dtype))
+
+
+def _stream(index: int) -> int:
+    return int(cupy.cuda.get_current_stream(index).ptr)
+
+
+LIBRARY = Library(
+    _describe,
+    _zeros,
+    _to_host,
+    _from_host,
+    OnDevice(_signature, _pointer, _strides, _empty, _stream),
+)

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 import paddle
 from paddle.utils.dlpack import from_dlpack
 
-from fastkv.arrays.library import ArrayInfo, Library, cuda_index, distinct, not_strided, view
+from fastkv.arrays.library import (
+    ArrayInfo,
+    Library,
+    OnDevice,
+    cuda_index,
+    distinct,
+    not_strided,
+    view,
+)
 from fastkv.dtypes import ITEMSIZE
 from fastkv.errors import MissingDependencyError
 
@@ -70,4 +78,38 @@ def _as(dtype: Any, raw: str, tensor: Any) -> Any:
     return tensor if dtype == raw else tensor.view(dtype)
 
 
-LIBRARY = Library(_describe, _zeros, _to_host, _from_host)
+# Never run on a GPU (docs, "Limits"). Pointer and true dtype, and not the tensor's
+# __cuda_array_interface__, which calls bfloat16 float16 and has no float8.
+def _signature(array: Any) -> Any:
+    place = array.place
+    if not place.is_gpu_place():
+        return None
+    shape, strides = tuple(array.shape), tuple(array.strides)
+    return paddle.Tensor, shape, strides, array.dtype.value, place.gpu_device_id()
+
+
+def _pointer(array: Any) -> int:
+    return int(array.data_ptr())
+
+
+def _strides(array: Any) -> tuple[int, ...]:
+    return tuple(array.strides)
+
+
+def _empty(shape: tuple[int, ...], dtype: str, index: int) -> Any:
+    raw = _RAW[ITEMSIZE[dtype]]
+    made = paddle.empty(list(shape), dtype=raw, device=paddle.CUDAPlace(index))
+    return _as(dtype, raw, made)
+
+
+def _stream(index: int) -> int:
+    return int(paddle.device.current_stream(paddle.CUDAPlace(index)).stream_base.cuda_stream)
+
+
+LIBRARY = Library(
+    _describe,
+    _zeros,
+    _to_host,
+    _from_host,
+    OnDevice(_signature, _pointer, _strides, _empty, _stream),
+)

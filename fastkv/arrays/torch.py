@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastkv.arrays.library import ArrayInfo, Library, distinct, not_strided, view
+from fastkv.arrays.library import (
+    ArrayInfo,
+    Library,
+    OnDevice,
+    distinct,
+    not_strided,
+    view,
+)
 from fastkv.errors import PlacementError
 
 if TYPE_CHECKING:
@@ -50,4 +57,45 @@ def _from_host(host: "NDArray[Any]", device: str) -> Any:
     return bits.view(getattr(torch, host.dtype.name)).to(device)
 
 
-LIBRARY = Library(_describe, _zeros, _to_host, _from_host)
+def _signature(array: Any) -> Any:
+    if not array.is_cuda or array.is_neg():
+        return None
+    return torch.Tensor, array.shape, array.stride(), array.dtype, array.device
+
+
+def _pointer(array: Any) -> int:
+    return int(array.data_ptr())
+
+
+def _strides(array: Any) -> tuple[int, ...]:
+    return tuple(array.stride())
+
+
+@cache
+def _device(index: int) -> Any:
+    return torch.device("cuda", index)
+
+
+@cache
+def _dtype(name: str) -> Any:
+    return getattr(torch, name)
+
+
+def _empty(shape: tuple[int, ...], dtype: str, index: int) -> Any:
+    return torch.empty(shape, dtype=_dtype(dtype), device=_device(index))
+
+
+def _stream(index: int) -> int:
+    return int(torch.cuda.current_stream(index).cuda_stream)
+
+
+# A tenth of the public call's cost; torch.compile's generated code calls it too.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _stream)
+
+LIBRARY = Library(
+    _describe,
+    _zeros,
+    _to_host,
+    _from_host,
+    OnDevice(_signature, _pointer, _strides, _empty, _raw_stream),
+)

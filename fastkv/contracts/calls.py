@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastkv.contracts.numbers import is_finite, is_integer
 from fastkv.contracts.presence import require_cache, require_tensor
+from fastkv.contracts.remember import remembered
 from fastkv.contracts.tensors import F32, FLOAT, INT32, Checker, Rule, check_cache
 from fastkv.errors import ContractError, DtypeError, MissingTensorError, ShapeError
 from fastkv.rope import Rope
@@ -28,6 +29,7 @@ _QKV = Rule("qkv", ("T", _WIDTH), FLOAT)
 _Q = Rule("q", ("T", "Hq", "D"), FLOAT)
 
 
+@remembered
 def rope_write_kv(
     qkv: Any,
     cache: "LayerCache",
@@ -63,6 +65,7 @@ def rope_write_kv(
     return checker
 
 
+@remembered
 def check_step(
     op: str,
     qkv: Any,
@@ -86,6 +89,7 @@ def check_step(
     return checker
 
 
+@remembered
 def gather_kv(
     cache: "LayerCache",
     cache_seqlens: Any,
@@ -109,6 +113,7 @@ def gather_kv(
     return checker
 
 
+@remembered
 def paged_attention(
     q: Any,
     cache: "LayerCache",
@@ -137,6 +142,7 @@ def paged_attention(
     return checker
 
 
+@remembered
 def masked_attention(
     q: Any,
     k: Any,
@@ -165,6 +171,7 @@ def masked_attention(
     return checker
 
 
+@remembered
 def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> Checker:
     """Contract of `fastkv.ops.merge_states`."""
     op = "merge_states"
@@ -179,6 +186,7 @@ def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> Checker:
     return checker
 
 
+@remembered
 def copy_pages(cache: "LayerCache", src: Any, dst: Any) -> Checker:
     """Contract of `fastkv.ops.copy_pages`."""
     op = "copy_pages"

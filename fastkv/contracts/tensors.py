@@ -37,6 +37,8 @@ class Checker:
     Attributes:
         sizes: what each symbol was bound to.
         first: the first tensor's description: library and device of the call.
+        prepared: what an implementation derived from the metadata of a call that passed, and
+            wants back at the next call of the same metadata.
     """
 
     def __init__(self, op: str, quant: "QuantSpec | None" = None, **sizes: int) -> None:
@@ -44,6 +46,7 @@ class Checker:
         self.format = None if quant is None else quant.name.value
         self.sizes = sizes
         self.first: ArrayInfo | None = None
+        self.prepared: Any = None
         self._first_name = ""
         self._dtypes: dict[str, str] = {}
 

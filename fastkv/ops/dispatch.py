@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +20,38 @@ if TYPE_CHECKING:
 def run(checker: "Checker", *args: Any, **kwargs: Any) -> None:
     """Run the op of a checked call; it writes its results into the tensors it is given."""
     assert checker.first is not None, "a contract describes at least one tensor"
-    implementation(checker.op, checker.first.device)(*args, **kwargs)
+    device = checker.first.device
+    if device == "cpu":
+        hosts = {name: _host(value) for name, value in kwargs.items()}
+        _function("reference", checker.op)(*map(_host, args), **hosts)
+    elif device.startswith("cuda"):
+        _function("cuda", checker.op)(checker, *args, **kwargs)
+    else:
+        raise _no_kernels(checker, device)
 
 
-def result(checker: "Checker", shape: tuple[str, ...], dtype: str) -> Any:
-    """A zero-filled result in the caller's library, on the caller's device.
+def result(checker: "Checker", shape: tuple[str, ...], dtype: str, *, needed: bool = True) -> Any:
+    """A result in the caller's library, on the caller's device.
+
+    Zero-filled on the CPU. On a GPU the kernel writes every element, so nothing fills it before.
 
     Args:
         checker: the checked call.
         shape: in the call's symbols, `("T", "Hq", "D")` say.
         dtype: of the result.
+        needed: whether the caller's caller gets it. The reference always writes it; a kernel
+            does without, and gets None.
     """
-    assert checker.first is not None, "a contract describes at least one tensor"
-    implementation(checker.op, checker.first.device)  # refuse a device before allocating on it
-    return arrays.zeros_like(checker.first, tuple(checker.sizes[s] for s in shape), dtype)
+    first = checker.first
+    assert first is not None, "a contract describes at least one tensor"
+    sizes = tuple([checker.sizes[symbol] for symbol in shape])
+    if first.device == "cpu":
+        return arrays.zeros_like(first, sizes, dtype)
+    if not first.device.startswith("cuda"):
+        raise _no_kernels(checker, first.device)  # before allocating on it
+    if not needed:
+        return None
+    return arrays.on_device(first.library).empty(sizes, dtype, int(first.device[5:]))
 
 
 def zeros_beside(like: Any, shape: tuple[int, ...]) -> Any:
@@ -53,17 +72,18 @@ def check_values(checker: "Checker", *args: Any) -> None:
         check_step(checker.op, checker.sizes["T"], *map(_host, args))
 
 
-def implementation(op: str, device: str) -> Callable[..., None]:
-    """The code that runs an op on a device; raises `UnsupportedError` where there is none."""
-    if device == "cpu":
-        function = getattr(import_module(f"fastkv.ops.reference.{op}"), op)
-        return lambda *args, **kwargs: function(
-            *map(_host, args), **{name: _host(value) for name, value in kwargs.items()}
-        )
-    raise UnsupportedError(
-        op,
+@cache
+def _function(implementation: str, op: str) -> Callable[..., None]:
+    module = import_module(f"fastkv.ops.{implementation}.{op}")
+    function: Callable[..., None] = getattr(module, op)
+    return function
+
+
+def _no_kernels(checker: "Checker", device: str) -> UnsupportedError:
+    return UnsupportedError(
+        checker.op,
         "device",
-        expected="cpu: this version has no CUDA kernels",
+        expected="a tensor on the CPU or on an NVIDIA GPU",
         got=device,
         hint="A tensor elsewhere never runs on the reference; move it yourself to run there.",
     )

@@ -56,7 +56,7 @@ def masked_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, mask_offsets, scale, window, soft_cap, sinks, out
     )
     out = dispatch.result(call, ("T", "Hq", "D"), call.dtype("q")) if out is None else out
-    lse = dispatch.result(call, ("T", "Hq"), "float32")
+    lse = dispatch.result(call, ("T", "Hq"), "float32", needed=return_lse)
     if call.sizes["T"]:
         dispatch.run(
             call,

@@ -78,7 +78,7 @@ def paged_attention(
         out,
     )
     out = dispatch.result(call, ("T", "Hq", "D"), call.dtype("q")) if out is None else out
-    lse = dispatch.result(call, ("T", "Hq"), "float32")
+    lse = dispatch.result(call, ("T", "Hq"), "float32", needed=return_lse)
     if call.sizes["T"]:
         dispatch.run(
             call,

@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a warp does with one tile of keys: S^T = K Q^T, the softmax's step, O^T += V^T P^T.
+//
+// Keys stand along m and query rows along n, so that each key is converted to the product's number
+// type once for all query rows. Lane 4g + t holds keys g, g + 8, ... and query rows 2t, 2t + 1 of
+// each column of 8.
+#pragma once
+#include "paged/fold.cuh"
+#include "paged/stream.cuh"
+
+struct WarpState {
+  float o[kColumns][kDimSteps][4];
+  float m[kColumns][2], top[kColumns][2];
+  float l[kColumns][4];  // by a product with ones; with a scale per token: this lane's keys only
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        l[c][i] = 0.f;
+#pragma unroll
+        for (int d = 0; d < kDimSteps; ++d) o[c][d][i] = 0.f;
+      }
+      m[c][0] = m[c][1] = top[c][0] = top[c][1] = MINUS_INFINITY;
+    }
+  }
+
+  // O of column c by the factors of its two rows in this lane.
+  __device__ __forceinline__ void scale_sums(int c, const float (&factor)[2]) {
+#pragma unroll
+    for (int d = 0; d < kDimSteps; ++d) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o[c][d][i] *= factor[i & 1];
+    }
+  }
+
+  // The row's state, complete in every lane.
+  __device__ __forceinline__ RowState row(int c, int i) const {
+    float sum = l[c][i];
+    if constexpr (kPagedScales) {
+#pragma unroll
+      for (int k = 4; k < 32; k *= 2) sum += __shfl_xor_sync(~0u, sum, k);
+    }
+    return {m[c][i], sum, top[c][i]};
+  }
+};
+
+// Query fragments: in registers where they are few, else from shared memory at each use.
+struct Query {
+  static constexpr bool kHeld = kColumns == 1 && kD <= 128;
+  uint2 held[kHeld ? kDimSteps : 1];
+  const Shared& sh;
+
+  __device__ __forceinline__ Query(const Shared& sh) : sh(sh) {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int s = 0; s < kDimSteps; ++s) held[s] = sh.q[s][0][threadIdx.x % 32];
+    }
+  }
+  __device__ __forceinline__ uint2 at(int step, int column) const {
+    if constexpr (kHeld) return held[step];
+    return sh.q[step][column][threadIdx.x % 32];
+  }
+};
+
+using Scores = float[F::kBlocks][kColumns][4];
+
+__device__ __forceinline__ void multiply_keys(Scores& s, const Query& query, u32 k_tile) {
+  const int lane = threadIdx.x % 32;
+  const u32 from = k_tile + F::k_row(lane) * kPitch + F::k_byte(lane);
+#pragma unroll
+  for (int i = 0; i < F::kLoads; ++i) {
+    u32 r[4], a[F::kSteps][F::kBlocks][4];
+    load_matrices(r, from + i * F::kLoadBytes);
+    F::k(a, r);
+#pragma unroll
+    for (int step = 0; step < F::kSteps; ++step) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const uint2 b = query.at(i * F::kSteps + step, c);
+#pragma unroll
+        for (int block = 0; block < F::kBlocks; ++block) {
+          mma<Math>(s[block][c], a[step][block], b.x, b.y);
+        }
+      }
+    }
+  }
+}
+
+using Weights = u32[F::kBlocks][kColumns][2];
+
+__device__ __forceinline__ void add_values(WarpState& w, const Weights& b, u32 v_tile) {
+  const int lane = threadIdx.x % 32;
+  const u32 from = v_tile + F::v_row(lane) * kPitch + F::v_byte(lane);
+#pragma unroll
+  for (int i = 0; i < F::kLoads; ++i) {
+    u32 r[4], a[F::kSteps][F::kBlocks][4];
+    load_matrices_transposed(r, from + i * F::kLoadBytes);
+    F::v(a, r);
+#pragma unroll
+    for (int step = 0; step < F::kSteps; ++step) {
+#pragma unroll
+      for (int block = 0; block < F::kBlocks; ++block) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          mma<Math>(w.o[c][i * F::kSteps + step], a[step][block], b[block][c][0], b[block][c][1]);
+        }
+      }
+    }
+  }
+}
+
+// Some key of the tile is hidden from some row, and V is not finite somewhere: 0 * NaN is NaN, and
+// must not reach a row that cannot see it. Row by row, with the keys that it cannot see zeroed.
+__device__ __noinline__ void add_values_by_row(WarpState& w, const Weights& b, u32 v_tile,
+                                               const Shared& sh, int token) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const u32 from = v_tile + F::v_row(lane) * kPitch + F::v_byte(lane);
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    for (int row = 0; row < 8; ++row) {
+      const int low = sh.low[8 * c + row], high = sh.high[8 * c + row];
+#pragma unroll
+      for (int i = 0; i < F::kLoads; ++i) {
+        u32 r[4], a[F::kSteps][F::kBlocks][4];
+        load_matrices_transposed(r, from + i * F::kLoadBytes);
+        F::v(a, r);
+#pragma unroll
+        for (int step = 0; step < F::kSteps; ++step) {
+          float sum[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+          for (int block = 0; block < F::kBlocks; ++block) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const int key = token + 16 * block + 8 * (j / 2) + 2 * t;
+              if (key < low || key >= high) a[step][block][j] &= 0xffff0000u;
+              if (key + 1 < low || key + 1 >= high) a[step][block][j] &= 0x0000ffffu;
+            }
+            mma<Math>(sum, a[step][block], g == row ? b[block][c][0] : 0,
+                      g == row ? b[block][c][1] : 0);
+          }
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if (2 * t + (j & 1) == row) w.o[c][i * F::kSteps + step][j] += sum[j];
+          }
+        }
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ bool any_not_finite(u32 v_tile) {
+  bool found = false;
+  for (int i = threadIdx.x % 32; i < kTile * (F::kRowBytes / 4); i += 32) {
+    const int row = i / (F::kRowBytes / 4), word = i % (F::kRowBytes / 4);
+    u32 x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(v_tile + row * kPitch + 4 * word));
+    found = found || F::not_finite(x);
+  }
+  return __any_sync(~0u, found);
+}
+
+struct TileMask {
+  bool clean;          // every row sees every key
+  int token;           // first key of the tile
+  bool there[F::kBlocks];  // 16 keys on a page
+};
+
+// Maximum over the tile's keys, in every lane, of query row `i` of column c.
+__device__ __forceinline__ float over_keys(const Scores& s, int c, int i) {
+  float top = MINUS_INFINITY;
+#pragma unroll
+  for (int block = 0; block < F::kBlocks; ++block) {
+    top = fmaxf(top, fmaxf(s[block][c][i], s[block][c][i + 2]));
+  }
+#pragma unroll
+  for (int k = 4; k < 32; k *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, k));
+  return top;
+}
+
+// Scores in units of log 2, hidden keys at -inf. `k_scale` is of the lane's token, as token_scale.
+__device__ __forceinline__ void finish_scores(Scores& s, const Params& p, const Shared& sh,
+                                              const TileMask& mask, float k_scale) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int block = 0; block < F::kBlocks; ++block) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int place = 16 * block + 8 * half + g, key = mask.token + place;
+      float per_key = 1.f;
+      if constexpr (kPagedScales) per_key = __shfl_sync(~0u, k_scale, place);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const float2 factor = *reinterpret_cast<const float2*>(&sh.factor[8 * c + 2 * t]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[block][c][2 * half + i];
+          if constexpr (kZeroPoints) x -= sh.zero[8 * c + 2 * t + i];
+          x *= i == 0 ? factor.x : factor.y;
+          if constexpr (kPagedScales) x *= per_key;
+          if (p.soft_cap != 0.f) {
+            // tanh(x) = 1 - 2 / (1 + e^2x), with x in units of the cap.
+            x = p.soft_cap * kLog2e * (1.f - 2.f / (1.f + exp2_fast(2.f * kLog2e * x)));
+          }
+          if (!mask.clean) {
+            const int row = 8 * c + 2 * t + i;
+            const bool seen = key >= sh.low[row] && key < sh.high[row] && mask.there[block];
+            x = seen ? x : MINUS_INFINITY;
+          }
+        }
+      }
+    }
+  }
+}
+
+// With a scale per token, O has a maximum of its own: `x` holds s + log2(scale), becomes weights.
+__device__ __forceinline__ void soften_scaled(WarpState& w, Scores& s, int c) {
+  float top[2], shrink[2];
+  bool grows = false;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    top[i] = fmaxf(w.top[c][i], over_keys(s, c, i));
+    grows = grows || top[i] > w.top[c][i];
+  }
+  if (__any_sync(~0u, grows)) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      shrink[i] = weight(w.top[c][i], top[i]);
+      w.top[c][i] = top[i];
+    }
+    w.scale_sums(c, shrink);
+  }
+#pragma unroll
+  for (int block = 0; block < F::kBlocks; ++block) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& x = s[block][c][i];
+      const float base = w.top[c][i & 1];
+      x = exp2_fast(x - (base == MINUS_INFINITY ? 0.f : base));
+    }
+  }
+}
+
+// From scores to weights, the state brought to the new maximum.
+__device__ __forceinline__ void soften(WarpState& w, Scores& s, Weights& b, float v_scale) {
+  const int g = threadIdx.x % 32 / 4;
+  float m[kColumns][2];
+  bool grows = false;
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      m[c][i] = fmaxf(w.m[c][i], over_keys(s, c, i));
+      grows = grows || m[c][i] > w.m[c][i];
+    }
+  }
+  [[maybe_unused]] float per_key[F::kBlocks][2];
+  if constexpr (kPagedScales) {
+#pragma unroll
+    for (int i = 0; i < 2 * F::kBlocks; ++i) {
+      per_key[i / 2][i & 1] = log2_fast(__shfl_sync(~0u, v_scale, 8 * i + g));
+    }
+  }
+  if (__any_sync(~0u, grows)) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      float shrink[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        shrink[i] = weight(w.m[c][i], m[c][i]);
+        w.m[c][i] = m[c][i];
+        w.l[c][i] *= shrink[i];
+      }
+      if constexpr (!kPagedScales) w.scale_sums(c, shrink);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float base = w.m[c][i] == MINUS_INFINITY ? 0.f : w.m[c][i];
+#pragma unroll
+      for (int block = 0; block < F::kBlocks; ++block) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& x = s[block][c][2 * half + i];
+          if constexpr (kPagedScales) {
+            w.l[c][i] += exp2_fast(x - base);
+            x = x == MINUS_INFINITY ? x : x + per_key[block][half];
+          } else {
+            x = exp2_fast(x - base);
+          }
+        }
+      }
+    }
+    if constexpr (kPagedScales) soften_scaled(w, s, c);
+#pragma unroll
+    for (int block = 0; block < F::kBlocks; ++block) {
+      b[block][c][0] = transpose_matrix(pack2<Math>(s[block][c][0], s[block][c][1]));
+      b[block][c][1] = transpose_matrix(pack2<Math>(s[block][c][2], s[block][c][3]));
+      if constexpr (!kPagedScales) {
+        // Sums of the rounded weights, which are what multiplies V.
+        const u32 ones = pack2<Math>(1.f, 1.f);
+        const u32 a[4] = {ones, ones, ones, ones};
+        mma<Math>(w.l[c], a, b[block][c][0], b[block][c][1]);
+      }
+    }
+  }
+}
