@@ -61,6 +61,7 @@ TABLES = {
     "fastkv/backends/features.py": BACKENDS[-2:],
     "fastkv/backends/kernels.py": BACKENDS[-2:-1],
 }
+PARTS = (*GROUPS, "tables")
 
 
 def copy_checkout(target: Path) -> None:
@@ -179,19 +180,18 @@ def cosmic_ray_outcome(module: str, item: dict, result: dict) -> dict[str, str]:
 # The result
 
 
+def commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def report(mutants: list[dict[str, str]], seconds: float) -> dict:
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     counts = Counter((m["module"], m["tool"], m["outcome"]) for m in mutants)
     modules: dict[str, dict[str, dict[str, int]]] = {}
     for (module, tool, outcome), count in sorted(counts.items()):
         modules.setdefault(module, {}).setdefault(tool, {})[outcome] = count
     return {
-        "commit": commit,
+        "commit": commit(),
         "python": sys.version.split()[0],
         "tools": {tool: version(tool) for tool in ("mutmut", "cosmic-ray", "pytest")},
         "minutes": round(seconds / 60),
@@ -200,28 +200,33 @@ def report(mutants: list[dict[str, str]], seconds: float) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write counts and survivors to this file")
-    parser.add_argument("--only", choices=[*GROUPS, "tables"], nargs="*", help="these parts alone")
-    arguments = parser.parse_args()
-    parts = arguments.only or [*GROUPS, "tables"]
+def run_part(part: str) -> dict:
     began, mutants = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
-        for part in parts:
-            directory = Path(folder) / part
-            copy_checkout(directory)
-            if part == "tables":
-                for module, tests in TABLES.items():
-                    mutants += run_cosmic_ray(directory, module, tests)
-            else:
-                mutants += run_mutmut(directory, *GROUPS[part])
-            print(part, dict(Counter(m["outcome"] for m in mutants)), flush=True)
-    text = json.dumps(report(mutants, time.monotonic() - began), indent=1, ensure_ascii=False)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-    else:
-        print(text)
+        directory = Path(folder) / part
+        copy_checkout(directory)
+        if part == "tables":
+            for module, tests in TABLES.items():
+                mutants += run_cosmic_ray(directory, module, tests)
+        else:
+            mutants += run_mutmut(directory, *GROUPS[part])
+    return report(mutants, time.monotonic() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, required=True, help="counts and survivors go there")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; the others stay")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"no part: {', '.join(sorted(unknown))}")
+    target = arguments.json
+    document = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
+    for part in arguments.parts or PARTS:
+        document[part] = run_part(part)
+        text = json.dumps(document, indent=1, ensure_ascii=False)
+        target.write_text(text + "\n", encoding="utf-8")
+        print(part, json.dumps(document[part]["modules"]), flush=True)
 
 
 if __name__ == "__main__":

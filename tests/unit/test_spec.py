@@ -131,6 +131,7 @@ def test_spec_is_frozen():
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_bytes_per_token(fmt):
     assert small(fmt).bytes_per_token() == PER_TOKEN[fmt]
+    assert type(small(fmt).bytes_per_token()) is int  # no rounding on the way
     assert small(fmt, 5).bytes_per_token() == 5 * PER_TOKEN[fmt]
     assert small(fmt, page_size=1).bytes_per_token() == PER_TOKEN[fmt]
 

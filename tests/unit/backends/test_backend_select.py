@@ -362,3 +362,9 @@ def test_without_ops_the_real_ones_are_driven(name):
 def test_a_backend_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         Backend(SimpleNamespace())
+
+
+def test_the_reason_lists_what_was_asked_for():
+    choice = select_backend("auto", spec_of(), features=["window", "sinks"])
+    assert choice.reason == "the first that serves sinks, window"
+    assert select_backend("auto", spec_of()).reason == "the default"

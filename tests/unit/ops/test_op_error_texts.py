@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole text of each kind of refusal of the contracts, as a caller reads it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from fastkv import Rope
+from fastkv import Rope, ops
 from fastkv.errors import ContractError
 from helpers.calls import legal_call
 
@@ -213,3 +215,55 @@ def test_text_of_a_rotary_dim():
         "rope_write_kv: rope.cos (format cache_int8): expected [max_len, rotary_dim/2] with "
         "0 < rotary_dim <= D = 64, got rotary_dim 0"
     )
+
+
+STEP_TEXTS = [
+    ("cache", None, "mine: cache: expected a LayerCache, got None"),
+    (
+        "sinks",
+        OTHER[:5, 0],
+        "mine: sinks (format cache_int8): expected [Hq] = [6], got [5]",
+    ),
+    (
+        "mask_offsets",
+        np.zeros((7, 3), np.int32),
+        "mine: mask_offsets (format cache_int8): expected [T, 2] = [7, 2], got [7, 3]",
+    ),
+    (
+        "cu_seqlens_k",
+        np.zeros(4, np.int32),
+        "mine: cu_seqlens_k (format cache_int8): expected [B+1] = [3], got [4]",
+    ),
+    (
+        "block_table",
+        np.zeros(2),
+        "mine: block_table (format cache_int8): expected int32, got float64",
+    ),
+]
+
+
+@pytest.mark.parametrize(("argument", "value", "text"), STEP_TEXTS)
+def test_text_of_a_step(argument, value, text):
+    call = legal_call("rope_write_kv")
+    names = ("qkv", "cache", "cu_seqlens_q", "cache_seqlens", "block_table", "cu_seqlens_k")
+    arguments = {name: call[name] for name in names}
+    ops.check_step("mine", **arguments)
+    with pytest.raises(ContractError) as caught:
+        ops.check_step("mine", **(arguments | {argument: value}))
+    assert str(caught.value) == text
+
+
+def test_text_of_a_bundle():
+    cache = legal_call("gather_kv").arguments["cache"]
+    static = replace(cache.static, k_quant=OTHER)
+    with pytest.raises(ContractError) as caught:
+        static.validate(cache.spec)
+    assert str(caught.value) == (
+        "StaticScales.validate(layer_id=0): static.k_quant (format cache_int8): expected "
+        "[Hkv] = [2] or [Hkv, D] = [2, 64] or [Hkv * D] = [128], got [7, 3]"
+    )
+
+
+def test_one_head_of_everything_is_legal():
+    call = legal_call("rope_write_kv", "none", kv_heads=1, group=1)
+    assert call.run().shape == (7, 1, 64)
