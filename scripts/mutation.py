@@ -180,18 +180,18 @@ def cosmic_ray_outcome(module: str, item: dict, result: dict) -> dict[str, str]:
 # The result
 
 
-def commit() -> str:
+def checked_out() -> str:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def report(mutants: list[dict[str, str]], seconds: float) -> dict:
+def report(commit: str, mutants: list[dict[str, str]], seconds: float) -> dict:
     counts = Counter((m["module"], m["tool"], m["outcome"]) for m in mutants)
     modules: dict[str, dict[str, dict[str, int]]] = {}
     for (module, tool, outcome), count in sorted(counts.items()):
         modules.setdefault(module, {}).setdefault(tool, {})[outcome] = count
     return {
-        "commit": commit(),
+        "commit": commit,
         "python": sys.version.split()[0],
         "tools": {tool: version(tool) for tool in ("mutmut", "cosmic-ray", "pytest")},
         "minutes": round(seconds / 60),
@@ -201,7 +201,7 @@ def report(mutants: list[dict[str, str]], seconds: float) -> dict:
 
 
 def run_part(part: str) -> dict:
-    began, mutants = time.monotonic(), []
+    commit, began, mutants = checked_out(), time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / part
         copy_checkout(directory)
@@ -210,7 +210,7 @@ def run_part(part: str) -> dict:
                 mutants += run_cosmic_ray(directory, module, tests)
         else:
             mutants += run_mutmut(directory, *GROUPS[part])
-    return report(mutants, time.monotonic() - began)
+    return report(commit, mutants, time.monotonic() - began)
 
 
 def main() -> None:
