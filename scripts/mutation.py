@@ -42,6 +42,7 @@ BACKENDS = [
     "tests/unit/backends/test_backend_select.py",
     "tests/unit/test_docs_tables.py",
 ]
+BACKENDS_FIRST = [*TEXTS, "tests/unit/backends/test_backend_options.py", BACKENDS[-1]]
 CONTRACTS = [
     "tests/unit/backends/test_backend_before_writing.py",
     REMEMBERED,
@@ -50,12 +51,13 @@ CONTRACTS = [
     "tests/unit/scales/test_scales_bundle.py",
     f"--deselect={REMEMBERED}::test_the_contracts_of_ops_are_remembered",
 ]
-# Modules -> the tests that answer for them. Attention end to end is not among them: it is slow, and
-# would only hide that a unit test is missing.
+CONTRACTS_FIRST = [CONTRACTS[1], CONTRACTS[3], CONTRACTS[-1]]
+# Modules, and the tests that answer for them: few that are fast, then all for what these let live.
+# Attention end to end is not among them: it is slow, and would hide that a unit test is missing.
 GROUPS = {
-    "spec": (["fastkv/quant.py", "fastkv/spec.py"], SPEC),
-    "backends": (["fastkv/backends/*.py"], BACKENDS),
-    "contracts": (["fastkv/contracts/*.py"], CONTRACTS),
+    "spec": (["fastkv/quant.py", "fastkv/spec.py"], SPEC, SPEC),
+    "backends": (["fastkv/backends/*.py"], BACKENDS_FIRST, BACKENDS),
+    "contracts": (["fastkv/contracts/*.py"], CONTRACTS_FIRST, CONTRACTS),
 }
 TABLES = {"fastkv/quant.py": SPEC}
 PARTS = (*GROUPS, "tables")
@@ -94,7 +96,29 @@ def undecorate(directory: Path) -> None:
     contracts.write_text(text.replace("\n@remembered\n", "\n"), encoding="utf-8")
 
 
-def run_mutmut(directory: Path, modules: list[str], tests: list[str]) -> list[dict[str, str]]:
+def run_mutmut(
+    folder: Path, modules: list[str], first: list[str], tests: list[str]
+) -> list[dict[str, str]]:
+    outcomes = mutmut_pass(folder / "first", modules, first)
+    lived = [name for name, outcome in outcomes.items() if outcome not in ("killed", "timeout")]
+    directory = folder / "all"
+    if lived and tests is not first:
+        again = mutmut_pass(directory, modules, tests, *lived)
+        outcomes |= {name: again[name] for name in lived}
+    else:
+        directory = folder / "first"
+    return [
+        {"tool": "mutmut", "module": module_of(name), "mutant": name, "outcome": outcome}
+        | ({} if outcome in ("killed", "timeout") else shown(directory, name))
+        for name, outcome in outcomes.items()
+    ]
+
+
+def mutmut_pass(
+    directory: Path, modules: list[str], tests: list[str], *names: str
+) -> dict[str, str]:
+    """The outcome of each mutant, or of those named, under some tests."""
+    copy_checkout(directory)
     undecorate(directory)
     config = {
         "source_paths": ["fastkv"],
@@ -106,22 +130,14 @@ def run_mutmut(directory: Path, modules: list[str], tests: list[str]) -> list[di
     with (directory / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write("\n[tool.mutmut]\n")
         file.writelines(f"{name} = {json.dumps(value)}\n" for name, value in config.items())
-    run("mutmut", "run", "--max-children", "1", cwd=directory)
-    return [
-        {"tool": "mutmut", "module": module, "mutant": name, "outcome": outcome}
-        | ({} if outcome in ("killed", "timeout") else shown(directory, name))
-        for module, name, outcome in mutmut_outcomes(directory)
-    ]
+    run("mutmut", "run", "--max-children", "1", *names, cwd=directory)
+    lines = run("mutmut", "results", "--all", "true", cwd=directory).splitlines()
+    pairs = [line.strip().rpartition(": ") for line in lines if ": " in line]
+    return {name: outcome for name, _, outcome in pairs}
 
 
-def mutmut_outcomes(directory: Path) -> list[tuple[str, str, str]]:
-    every = run("mutmut", "results", "--all", "true", cwd=directory)
-    pairs = [line.strip().rpartition(": ") for line in every.splitlines() if ": " in line]
-    found = []
-    for name, _, outcome in pairs:
-        module = name.rpartition(".")[0].replace(".", "/") + ".py"
-        found.append((module, name, outcome))
-    return found
+def module_of(name: str) -> str:
+    return name.rpartition(".")[0].replace(".", "/") + ".py"
 
 
 def shown(directory: Path, name: str) -> dict[str, str]:
@@ -200,13 +216,13 @@ def report(commit: str, mutants: list[dict[str, str]], seconds: float) -> dict:
 def run_part(part: str) -> dict:
     commit, began, mutants = checked_out(), time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder) / part
-        copy_checkout(directory)
         if part == "tables":
+            directory = Path(folder) / part
+            copy_checkout(directory)
             for module, tests in TABLES.items():
                 mutants += run_cosmic_ray(directory, module, tests)
         else:
-            mutants += run_mutmut(directory, *GROUPS[part])
+            mutants += run_mutmut(Path(folder), *GROUPS[part])
     return report(commit, mutants, time.monotonic() - began)
 
 
