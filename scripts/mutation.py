@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("fastkv", "tests", "docs", "README.md", "pyproject.toml")
@@ -176,7 +177,7 @@ def run_cosmic_ray(directory: Path, module: str, tests: list[str]) -> list[dict[
     return [cosmic_ray_outcome(module, *json.loads(line)) for line in dump.splitlines()]
 
 
-def cosmic_ray_outcome(module: str, item: dict, result: dict) -> dict[str, str]:
+def cosmic_ray_outcome(module: str, item: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
     (mutation,) = item["mutations"]
     operator = mutation["operator_name"].removeprefix("core/")
     entry = {
@@ -198,7 +199,7 @@ def checked_out() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def report(commit: str, mutants: list[dict[str, str]], seconds: float) -> dict:
+def report(commit: str, mutants: list[dict[str, str]], seconds: float) -> dict[str, Any]:
     counts = Counter((m["module"], m["tool"], m["outcome"]) for m in mutants)
     modules: dict[str, dict[str, dict[str, int]]] = {}
     for (module, tool, outcome), count in sorted(counts.items()):
@@ -213,7 +214,7 @@ def report(commit: str, mutants: list[dict[str, str]], seconds: float) -> dict:
     }
 
 
-def run_part(part: str) -> dict:
+def run_part(part: str) -> dict[str, Any]:
     commit, began, mutants = checked_out(), time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
         if part == "tables":
