@@ -113,6 +113,14 @@ def test_another_call_is_checked_anew(args, check, contract):
     assert contract.calls == 2
 
 
+def test_an_absent_tensor_hides_none_behind_it(check, contract):
+    args = full_call()
+    without = replace(args[1], k=None)
+    first = check(*changed(args, 1, without))
+    assert check(*changed(args, 1, replace(without, v=Tensor("another")))) is not first
+    assert contract.calls == 2
+
+
 def test_a_spec_lives_as_long_as_its_entry(check):
     # Its id is in the key, and must not become another spec's.
     args, spec = full_call(), replace(SPEC)
