@@ -267,3 +267,26 @@ def test_text_of_a_bundle():
 def test_one_head_of_everything_is_legal():
     call = legal_call("rope_write_kv", "none", kv_heads=1, group=1)
     assert call.run().shape == (7, 1, 64)
+
+
+@pytest.mark.parametrize("op", ["paged_attention", "masked_attention"])
+@pytest.mark.parametrize(("name", "value"), [("window", 1), ("soft_cap", 0.001), ("scale", -0.5)])
+def test_the_least_of_what_is_legal(op, name, value):
+    call = legal_call(op)
+    call[name] = value
+    out, _ = call.run()
+    assert out.shape == (7, 6, 64)
+
+
+def test_an_epsilon_of_0_is_legal():
+    call = legal_call("rope_write_kv")
+    call["norm_eps"] = 0
+    assert call.run().shape == (7, 6, 64)
+
+
+def test_a_size_of_0_is_a_size_and_not_unknown():
+    call = legal_call("masked_attention")
+    call["k"], call["v"] = np.zeros((0, 2, 64), np.float32), np.zeros((0, 2, 63), np.float32)
+    assert str(call.raises(ContractError)) == (
+        "masked_attention: v: expected [Tk, Hkv, D] = [0, 2, 64], got [0, 2, 63]"
+    )
