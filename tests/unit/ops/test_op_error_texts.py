@@ -2,12 +2,16 @@
 """The whole text of each kind of refusal of the contracts, as a caller reads it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from fastkv import Rope, ops
+from fastkv.contracts.presence import require_static
 from fastkv.errors import ContractError
+from fastkv.quant import quant_spec
+from fastkv.scales.bundle import FIELDS
 from helpers.calls import legal_call
 
 OTHER = np.zeros((7, 3), np.float32)
@@ -290,3 +294,19 @@ def test_a_size_of_0_is_a_size_and_not_unknown():
     assert str(call.raises(ContractError)) == (
         "masked_attention: v: expected [Tk, Hkv, D] = [0, 2, 64], got [0, 2, 63]"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *[(f"{s}_{what}", "a multiplier") for s in "kv" for what in ("quant", "dequant")],
+        *[(f"{side}_zp", "a zero point [Hkv, D]") for side in "kv"],
+    ],
+)
+def test_text_of_half_a_bundle(name, expected):
+    # `StaticScales` refuses to be one; what stands in for it may not.
+    static = SimpleNamespace(**(dict.fromkeys(FIELDS, OTHER) | {name: None}))
+    with pytest.raises(ContractError) as caught:
+        require_static("load", "bundle", static, quant_spec("cache_int4_zp"))
+    want = f"load: bundle.{name} (format cache_int4_zp): expected {expected}, got None"
+    assert str(caught.value) == want
