@@ -49,10 +49,11 @@ CONTRACTS = [
     REMEMBERED,
     "tests/unit/ops/test_op_contracts.py",
     "tests/unit/ops/test_op_error_texts.py",
+    "tests/unit/ops/test_presence_texts.py",
     "tests/unit/scales/test_scales_bundle.py",
     f"--deselect={REMEMBERED}::test_the_contracts_of_ops_are_remembered",
 ]
-CONTRACTS_FIRST = [CONTRACTS[1], CONTRACTS[3], CONTRACTS[-1]]
+CONTRACTS_FIRST = [CONTRACTS[1], *CONTRACTS[3:5], CONTRACTS[-1]]
 # Modules, and the tests that answer for them: few that are fast, then all for what these let live.
 # Attention end to end is not among them: it is slow, and would hide that a unit test is missing.
 GROUPS = {
