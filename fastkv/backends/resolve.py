@@ -8,7 +8,7 @@ from fastkv.cache import LayerCache
 from fastkv.contracts.numbers import is_integer
 from fastkv.contracts.presence import refuse_tensor, require_paged, require_static, require_tensor
 from fastkv.errors import DtypeError, LayerIndexError, SpecMismatchError
-from fastkv.quant import QuantSpec, QuantType, quant_spec
+from fastkv.quant import Granularity, QuantSpec, QuantType, quant_spec
 from fastkv.scales import StaticScales
 from fastkv.spec import CacheSpec
 
@@ -25,6 +25,8 @@ LAYER_SCALES = {
 LAYER_ZERO_POINTS = {"cache_k_zp": "k_zp", "cache_v_zp": "v_zp"}
 #: Attribute that carries a ready `StaticScales` instead.
 LAYER_BUNDLE = "static_scales"
+
+_LAYOUTS = {Granularity.HEAD: "[Hkv]", Granularity.CHANNEL: "[Hkv, D]"}
 
 
 def resolve(caches: Sequence[Any], layer: Any, spec: CacheSpec) -> LayerCache:
@@ -156,9 +158,10 @@ def _refuse(layer: Any, names: Iterable[str], why: str, quant: QuantSpec) -> Non
 
 def _bundle_from_attributes(layer: Any, quant: QuantSpec) -> StaticScales:
     found = {}
+    layouts = " or ".join(_LAYOUTS[layout] for layout in quant.granularities)
+    expected = f"a tensor {layouts}, or layer.{LAYER_BUNDLE}"
     for name, field in (LAYER_SCALES | LAYER_ZERO_POINTS).items():
         if field in quant.static_fields:
             found[field] = getattr(layer, name, None)
-            expected = f"a tensor [Hkv] or [Hkv, D], or layer.{LAYER_BUNDLE}"
             require_tensor(_OP, f"layer.{name}", found[field], expected, quant)
     return StaticScales(**found)

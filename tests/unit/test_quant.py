@@ -83,8 +83,15 @@ def test_row_stays_one_object_in_another_process_and_in_a_copy(name):
     assert copy.deepcopy(row) is row
 
 
+class PrintsAsAFormat:
+    def __repr__(self):
+        return "cache_int8"
+
+
 @pytest.mark.parametrize(
-    "name", ["cache_int9", "int8", "CACHE_FP8", "", None, 8, ["none"], b"none"]
+    "name",
+    ["cache_int9", "int8", "CACHE_FP8", "", None, 8, ["none"], b"none", PrintsAsAFormat()],
+    ids=repr,
 )
 def test_unknown_format_raises_with_the_table(name):
     with pytest.raises(UnknownNameError) as caught:

@@ -58,7 +58,7 @@ def test_readme_and_ci_run_the_same_test_command():
 
 
 def test_ci_runs_every_further_environment_that_needs_no_gpu():
-    environments = ["torch,paddle,eval,docs,cuda-compile"]
+    environments = ["torch,paddle,eval,docs,cuda-compile,coverage"]
     assert re.findall(r"^tox -e (\S+)", read(".ci/run"), re.MULTILINE) == environments
 
 
@@ -68,6 +68,12 @@ def test_ci_script_is_executable():
 
 def test_plain_tox_runs_unit_lint_types():
     assert tox_ini()["tox"]["env_list"] == "unit, lint, types"
+
+
+def test_coverage_and_mutation_rest_on_the_same_tests():
+    pattern = r"tests/unit/\S+?\.py(?![\w:])"
+    listed = re.findall(pattern, tox_ini()["testenv:coverage"]["commands"])
+    assert sorted(set(re.findall(pattern, read("scripts/mutation.py")))) == listed
 
 
 def test_lowest_environment_pins_the_lower_bounds():

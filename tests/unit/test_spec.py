@@ -23,6 +23,7 @@ from fastkv.errors import (
     SpecError,
     UnknownNameError,
 )
+from fastkv.quant import quant_spec
 from fastkv.scales.bundle import FIELDS
 from helpers.batches import FORMATS, VARIANTS, make_batch, static_scales
 from helpers.compare import assert_close, assert_same_bits
@@ -109,6 +110,20 @@ def test_one_format_for_all_layers_is_the_same_as_a_list_of_it(fmt):
     assert one != small(fmt, 5)
 
 
+def test_a_format_per_layer_is_kept_and_compared():
+    spec = small(MIXED, 6)
+    assert spec.quant == tuple(MIXED)
+    assert spec != small(MIXED[0], 6)
+    assert spec != small(MIXED[::-1], 6)
+    shard = replace(spec, num_kv_heads=1)
+    assert [shard.layer_quant(i).name for i in range(6)] == list(MIXED)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_row_of_the_table_is_a_format_too(fmt):
+    assert small(quant_spec(fmt), 3) == small(fmt, 3)
+
+
 @pytest.mark.parametrize("quant", [*FORMATS, MIXED])
 def test_spec_survives_the_way_to_a_worker_process(quant):
     layers = 1 if isinstance(quant, str) else len(quant)
@@ -131,6 +146,7 @@ def test_spec_is_frozen():
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_bytes_per_token(fmt):
     assert small(fmt).bytes_per_token() == PER_TOKEN[fmt]
+    assert type(small(fmt).bytes_per_token()) is int  # no rounding on the way
     assert small(fmt, 5).bytes_per_token() == 5 * PER_TOKEN[fmt]
     assert small(fmt, page_size=1).bytes_per_token() == PER_TOKEN[fmt]
 

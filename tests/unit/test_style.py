@@ -21,7 +21,7 @@ def loose_strings(code):
         id(node.body[0])
         for node in ast.walk(tree)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        and node.body
+        and ast.get_docstring(node) is not None
     }
     return [
         node.lineno
@@ -45,6 +45,8 @@ def test_no_string_statement_but_docstrings(path):
         ('def f():\n    """doc"""\n    "loose"\n    f"loose {f}"', [3, 4]),
         ('class A:\n    """doc"""\n    x = "value"', []),
         ("def f(): ...", []),
+        ('def f(x):\n    f"no docstring {x}"', [2]),
+        ('if x:\n    "loose"', [2]),
     ],
 )
 def test_loose_strings_are_found(code, lines):

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A contract is checked once for each metadata of GPU tensors, and never remembered for another."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+
+from fastkv import CacheSpec, LayerCache, Rope, StaticScales
+from fastkv.contracts import calls
+from fastkv.contracts.remember import remembered
+from fastkv.errors import ContractError
+
+
+class Tensor:
+    """Stands for a tensor on a GPU, or, without metadata, on the CPU."""
+
+    def __init__(self, *metadata):
+        self.metadata = metadata or None
+
+
+@pytest.fixture(autouse=True)
+def signatures(monkeypatch):
+    monkeypatch.setattr("fastkv.contracts.remember.signature", lambda tensor: tensor.metadata)
+
+
+SPEC = CacheSpec(2, 2, 8, 4, "cache_int8")
+
+
+def scales(**changes):
+    names = ("k_quant", "k_dequant", "v_quant", "v_dequant", "k_zp", "v_zp")
+    return StaticScales(**({name: Tensor(name) for name in names} | changes))
+
+
+def full_call():
+    """Every kind of argument that a contract takes."""
+    tensors = {name: Tensor(name) for name in ("k", "v", "k_scale", "v_scale")}
+    cache = LayerCache(SPEC, 0, **tensors, static=scales())
+    return [Tensor("q"), cache, Rope(Tensor("cos"), Tensor("sin")), None, True, 7, 0.5, "append"]
+
+
+class Contract:
+    """Counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return object()
+
+
+@pytest.fixture
+def contract():
+    return Contract()
+
+
+@pytest.fixture
+def check(contract):
+    # `wraps` needs what a function has.
+    def counted(*args):
+        return contract(*args)
+
+    return remembered(counted)
+
+
+def changed(args, position, value):
+    return [*args[:position], value, *args[position + 1 :]]
+
+
+def test_the_same_call_is_checked_once(check, contract):
+    args = full_call()
+    first = check(*args)
+    assert check(*args) is first
+    # Other tensors of the same metadata, as the next step brings them.
+    again = changed(args, 0, Tensor("q"))
+    again[1] = replace(args[1], k=Tensor("k"), static=scales())
+    again[2] = Rope(Tensor("cos"), Tensor("sin"))
+    assert check(*again) is first
+    assert contract.calls == 1
+
+
+def others():
+    """Calls that differ in one thing that a contract can see."""
+    args = full_call()
+    cache = args[1]
+    yield "tensor", changed(args, 0, Tensor("another q"))
+    yield "absent tensor", changed(args, 0, None)
+    yield "present tensor", changed(args, 3, Tensor("sinks"))
+    for name in ("k", "v", "k_scale", "v_scale"):
+        yield f"cache.{name}", changed(args, 1, replace(cache, **{name: Tensor("other")}))
+        yield f"no cache.{name}", changed(args, 1, replace(cache, **{name: None}))
+    for name in ("k_quant", "k_dequant", "v_quant", "v_dequant", "k_zp", "v_zp"):
+        static = scales(**{name: Tensor("other")})
+        yield f"static.{name}", changed(args, 1, replace(cache, static=static))
+    yield "no zero points", changed(args, 1, replace(cache, static=scales(k_zp=None, v_zp=None)))
+    yield "no static", changed(args, 1, replace(cache, static=None))
+    yield "layer", changed(args, 1, replace(cache, layer_id=1))
+    yield "spec", changed(args, 1, replace(cache, spec=replace(SPEC)))
+    yield "rope.cos", changed(args, 2, Rope(Tensor("other"), Tensor("sin")))
+    yield "rope.sin", changed(args, 2, Rope(Tensor("cos"), Tensor("other")))
+    yield "no rope", changed(args, 2, None)
+    yield "number", changed(args, 5, 8)
+    yield "True for 1", changed(args, 4, 1)
+    yield "1.0 for True", changed(args, 4, 1.0)
+    yield "op", changed(args, 7, "flash")
+
+
+@pytest.mark.parametrize("args", [args for _, args in others()], ids=[name for name, _ in others()])
+def test_another_call_is_checked_anew(args, check, contract):
+    first = check(*full_call())
+    assert check(*args) is not first
+    assert contract.calls == 2
+
+
+def test_an_absent_tensor_hides_none_behind_it(check, contract):
+    args = full_call()
+    without = replace(args[1], k=None)
+    first = check(*changed(args, 1, without))
+    assert check(*changed(args, 1, replace(without, v=Tensor("another")))) is not first
+    assert contract.calls == 2
+
+
+def test_a_spec_lives_as_long_as_its_entry(check):
+    # Its id is in the key, and must not become another spec's.
+    args, spec = full_call(), replace(SPEC)
+    args[1] = replace(args[1], spec=spec)
+    before = sys.getrefcount(spec)
+    check(*args)
+    args.clear()
+    assert sys.getrefcount(spec) == before
+
+
+def on_the_cpu():
+    args = full_call()
+    cache = args[1]
+    yield changed(args, 0, Tensor())
+    for name in ("k", "v_scale"):
+        yield changed(args, 1, replace(cache, **{name: Tensor()}))
+    for name in ("k_quant", "v_dequant", "k_zp", "v_zp"):
+        yield changed(args, 1, replace(cache, static=scales(**{name: Tensor()})))
+    yield changed(args, 1, replace(cache, static=Tensor("no StaticScales")))
+    yield changed(args, 2, Rope(Tensor("cos"), Tensor()))
+
+
+@pytest.mark.parametrize("args", list(on_the_cpu()))
+def test_with_a_tensor_on_the_cpu_every_call_is_checked(args, check, contract):
+    assert check(*args) is not check(*args)
+    assert contract.calls == 2
+
+
+def test_a_fault_is_found_again():
+    faults = []
+
+    @remembered
+    def check(*args):
+        faults.append(args)
+        raise ContractError("op", "q", expected="another", got="this")
+
+    for _ in range(2):
+        with pytest.raises(ContractError):
+            check(Tensor("q"))
+    assert len(faults) == 2
+
+
+def test_past_the_limit_all_are_forgotten(check, contract, monkeypatch):
+    monkeypatch.setattr("fastkv.contracts.remember._MOST", 2)
+    for q in ("a", "b", "a", "b"):
+        check(Tensor(q))
+    assert contract.calls == 2
+    check(Tensor("c"))
+    check(Tensor("c"))
+    assert contract.calls == 3
+    check(Tensor("a"))
+    assert contract.calls == 4
+
+
+def test_each_contract_remembers_its_own():
+    first, second = remembered(lambda *args: "first"), remembered(lambda *args: "second")
+    assert (first(Tensor("q")), second(Tensor("q"))) == ("first", "second")
+
+
+@pytest.mark.parametrize("name", ["rope_write_kv", "paged_attention", "copy_pages", "check_step"])
+def test_the_contracts_of_ops_are_remembered(name):
+    assert getattr(calls, name).__wrapped__.__name__ == name
