@@ -1,81 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches kernels/paged_attention.cu."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastkv.ops.cuda import faults, jit, serve, tensors
-from fastkv.ops.cuda.launch import FLOAT, INT32, POINTER, Kernel
+from fastkv.ops.cuda.launch import FLOAT, INT32, INT64, POINTER, Kernel, completed
+from fastkv.ops.cuda.paged_shape import GROUP, LEAST_CHUNK, SPLIT, THREADS, Shape
 from fastkv.ops.cuda.workspace import workspace
+from fastkv.quant import quant_spec
 
 if TYPE_CHECKING:
     from fastkv.cache import LayerCache
     from fastkv.contracts.tensors import Checker
-    from fastkv.quant import QuantSpec
 
-THREADS = 128
-_WARPS = 4
-# The split of a request over blocks: chunks of at least so many tokens, and about so many chunks
-# times KV heads. Part of the arithmetic: another split rounds otherwise.
-LEAST_CHUNK = 512
-SPLIT = 256
-_GROUP = 16  # chunks whose states fold first; kernels/paged/params.cuh has it too
 _NO_WINDOW = 0x7FFFFFFF
 _ALIGNED = ("q", "out", "cache.k", "cache.v")
+_POINTERS = (POINTER,) * 19
 _SCALARS = (INT32,) * 3 + (FLOAT,) * 2 + (INT32,)
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How a specialization uses a multiprocessor.
-
-    Attributes:
-        columns: 8 query rows each.
-        stages: tiles that a warp has in shared memory.
-        blocks: resident blocks that the compiler leaves registers for.
-        shared: bytes of shared memory of a block.
-    """
-
-    columns: int
-    stages: int
-    blocks: int
-    shared: int
-
-    @classmethod
-    def of(cls, quant: "QuantSpec", dim: int, rows: int) -> "Shape":
-        """For a format, a head dim, and so many query rows of a KV head a request."""
-        columns = 1 if rows <= 8 else 2 if rows <= 16 or dim > 128 else 4
-        bits = 16 if quant.bound is None else 8 // quant.elements_per_item
-        fixed = _shared_struct(dim, columns)
-        stage = _WARPS * 2 * (16 if bits == 16 else 32) * _pitch(bits * dim // 8)
-        for blocks in (*range(BLOCKS[bits] if columns == 1 else 2, 1, -1), 1):
-            stages = min(STAGES, (_SHARED // blocks - _RESERVED - fixed) // stage)
-            if stages >= 2:
-                return cls(columns, stages, blocks, fixed + stages * stage)
-        raise AssertionError(f"no shape for head dim {dim} in {quant.name}")
-
-
-# Blocks a multiprocessor, at most, by bits of an element; fewer where two stages do not fit.
-BLOCKS = {16: 2, 8: 2, 4: 3}
-# Stages at most: about 48 KiB a multiprocessor must be in flight.
-STAGES = 4
-# Bytes of shared memory: of an sm_90 multiprocessor, and what each block loses of it.
-_SHARED = 228 * 1024
-_RESERVED = 1024
-
-
-def _pitch(row: int) -> int:
-    """Bytes from one token's row to the next in shared memory: an odd multiple of 16."""
-    return (row // 16 | 1) * 16
-
-
-def _shared_struct(dim: int, columns: int) -> int:
-    """At least `kSharedBytes` of kernels/paged/shared.cuh, which asserts it."""
-    rows = 8 * columns
-    query = dim // 16 * columns * 32 * 8
-    parts = max(4 * (4 if columns == 4 or dim > 128 else 8) * (dim + 4) * 4, 5 * _GROUP * rows * 4)
-    fold = 4 * rows * dim + 6 * rows * 12 + 5 * rows * 4 + 8 * dim
-    return query + parts + fold + 8 * _WARPS * STAGES + 8 * _GROUP + 512
+# The kernel multiplies a page id or a slot by the stride in 64 bits, the stride itself in 32.
+_LARGEST_STRIDE = 1 << 27
 
 
 class Prepared:
@@ -90,12 +34,12 @@ class Prepared:
         group = sizes["Hq"] // heads
         tensors.require_contiguous(checker, rest)
         tokens = -(-sizes["T"] // max(1, sizes["B"]))
-        shape = Shape.of(cache.quant, dim, tokens * group)
         self.index = tensors.device_index(checker)
+        shape = _shape(checker, cache, dim, tokens * group, self.index)
         self.library = checker.first.library if checker.first else ""
         self.on_device = tensors.library(checker)
         self.static = tensors.static_names(cache.quant, "dequant")
-        groups = -(-SPLIT // (heads * _GROUP))
+        groups = -(-SPLIT // (heads * GROUP))
         blob = self._blob(checker, cache, q, out, block_table, groups)
         self.blob = blob.packed
         what = jit.Specialization.of(
@@ -104,14 +48,14 @@ class Prepared:
             **tensors.static_defines(checker, cache, "dequant"),
             **_defines(tensors.CTYPE[checker.dtype("q")], dim, shape),
         )
-        fields = (POINTER,) * 19 + (blob.field, *_SCALARS)
+        fields = (*_POINTERS, blob.field, *_SCALARS)
         self.kernel = Kernel(what, self.index, fields, THREADS, shape.shared)
         self.scale = dim**-0.5
         self.fresh = int(not checker.given("out"))
-        most = (sizes["T"] * group // (8 * shape.columns) + sizes["B"]) * heads * groups * _GROUP
+        most = (sizes["T"] * group // (8 * shape.columns) + sizes["B"]) * heads * groups * GROUP
         self.grid = max(1, min(self.kernel.resident_blocks(), most))
         state = 4 * (8 * shape.columns * dim + 3 * 8 * shape.columns)
-        self.states = self.grid * (_GROUP + 2 * groups) * state
+        self.states = self.grid * (GROUP + 2 * groups) * state
         self.counters = 8 * self.grid
 
     @staticmethod
@@ -124,12 +68,34 @@ class Prepared:
         rows += tensors.row_strides(checker, "out", out) if checker.given("out") else made
         table, counts = tensors.table_shape(checker, block_table)
         heads = sizes["Hkv"]
-        return tensors.Blob.of(
-            ("q", [*tensors.cache_strides(checker, cache), *table]),
-            ("i", counts),
-            ("q", rows),
-            ("i", [sizes["T"], heads, sizes["Hq"] // heads, groups]),
+        strides = tensors.cache_strides(checker, cache)
+        if max(strides) >= _LARGEST_STRIDE:
+            expected = f"page, head and slot strides below {_LARGEST_STRIDE} bytes on a GPU"
+            raise tensors.unsupported(checker, "cache.k", expected, strides)
+        return _blob(
+            strides, table, counts, rows, [sizes["T"], heads, sizes["Hq"] // heads, groups]
         )
+
+
+def _blob(
+    strides: Sequence[int],
+    table: Sequence[int],
+    counts: Sequence[int],
+    rows: Sequence[int],
+    sizes: Sequence[int],
+) -> tensors.Blob:
+    return tensors.Blob.of(
+        (INT64, [*strides, *table]), (INT32, counts), (INT64, rows), (INT32, sizes)
+    )
+
+
+def _shape(checker: "Checker", cache: "LayerCache", dim: int, rows: int, index: int) -> Shape:
+    facts = jit.device_facts(index)
+    found = Shape.of(cache.quant, dim, rows, facts.shared_per_multiprocessor)
+    if found is None:
+        expected = f"more shared memory than sm_{facts.sm} has for this head dim and format"
+        raise tensors.unsupported(checker, "D", expected, dim)
+    return found
 
 
 def _defines(q: str, dim: int, shape: Shape) -> dict[str, object]:
@@ -206,3 +172,40 @@ def paged_attention(
     )
     if fault:
         faults.raise_noted(checker, fault, stream)
+
+
+# sm_90 and sm_89: what a multiprocessor has.
+_LARGE, _SMALL = 228 * 1024, 100 * 1024
+# Format, dtype of q, D, query rows, storage of `none`, static multipliers per channel, memory.
+_EXAMPLES = (
+    ("none", "bfloat16", 128, 4, "bfloat16", 0, _LARGE),
+    ("none", "float16", 64, 32, "float16", 0, _SMALL),
+    ("cache_int8", "bfloat16", 128, 4, "", 0, _LARGE),
+    ("cache_int8", "float16", 96, 16, "", 1, _SMALL),
+    ("cache_fp8", "bfloat16", 128, 4, "", 0, _LARGE),
+    ("cache_fp8", "bfloat16", 64, 4, "", 0, _SMALL),
+    ("cache_int4_zp", "bfloat16", 128, 4, "", 1, _LARGE),
+    ("cache_int4_zp", "float16", 128, 16, "", 1, _SMALL),
+    ("block_wise_fp8", "bfloat16", 128, 4, "", 0, _LARGE),
+    ("block_wise_fp8", "float32", 64, 16, "", 0, _SMALL),
+)
+
+
+def specializations() -> list[jit.Specialization]:
+    """Representatives of every class, for `fastkv.ops.cuda.listing`."""
+    return [_example(*example) for example in _EXAMPLES]
+
+
+def _example(
+    quant: str, q: str, dim: int, rows: int, storage: str, per_channel: int, memory: int
+) -> jit.Specialization:
+    row = quant_spec(quant)
+    shape = Shape.of(row, dim, rows, memory)
+    assert shape is not None, "examples fit"
+    static = {"static": "float", "per_channel": per_channel} if row.needs_static else {}
+    defines = tensors.codec_defines(row, storage, "float32") | static
+    what = jit.Specialization.of(
+        "paged_attention", **defines, **_defines(tensors.CTYPE[q], dim, shape)
+    )
+    blob = _blob([0] * 12, [0] * 2, [0] * 4, [0] * 4, [0] * 4)
+    return completed(what, (*_POINTERS, blob.field, *_SCALARS))

@@ -58,6 +58,14 @@ template <> __device__ __forceinline__ u32 pack2<Fp16>(float low, float high) {
   return y;
 }
 
+// Four neighbours to memory aligned for them.
+template <class T> __device__ __forceinline__ void store4(T* to, const float (&x)[4]) {
+  *reinterpret_cast<uint2*>(to) = make_uint2(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]));
+}
+template <> __device__ __forceinline__ void store4<float>(float* to, const float (&x)[4]) {
+  *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
+}
+
 __device__ __forceinline__ float low_float(u32 pair, Bf16) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_float(u32 pair, Bf16) {
   return __uint_as_float(pair & 0xffff0000u);

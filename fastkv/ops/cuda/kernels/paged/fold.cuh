@@ -103,13 +103,7 @@ __device__ __forceinline__ void write_output(const Params& p, const Shared& sh, 
     }
     x[i] = empty ? 0.f : x[i] * kept;
   }
-  FASTKV_Q* out = p.out + token * p.out_token + head * p.out_head + 4 * vector;
-  if constexpr (sizeof(FASTKV_Q) == 2) {
-    *reinterpret_cast<uint2*>(out) = make_uint2(pack2<FASTKV_Q>(x[0], x[1]),
-                                                pack2<FASTKV_Q>(x[2], x[3]));
-  } else {
-    *reinterpret_cast<float4*>(out) = make_float4(x[0], x[1], x[2], x[3]);
-  }
+  store4(p.out + token * p.out_token + head * p.out_head + 4 * vector, x);
   if (p.lse != nullptr && vector == 0) {
     p.lse[i64(token) * p.kv_heads * p.group + head] = empty ? MINUS_INFINITY : lse2 * kLn2;
   }

@@ -18,7 +18,7 @@ struct NodeTable {
 };
 
 // Rows whose O the warps put together at once.
-constexpr int kPassRows = kColumns == 4 || kD > 128 ? 4 : 8;
+constexpr int kPassRows = kD > 128 ? 2 : kColumns == 4 ? 4 : 8;
 
 struct Shared {
   // The block's share of the work and where it is in it: the same for all threads.
