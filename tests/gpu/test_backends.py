@@ -52,11 +52,14 @@ class GpuEngine(Engine):
     def _tolerance(self, q, k, v, want, options):
         """FlashAttention's rule: at most so many times the error of a plain low-precision run.
 
-        Q is rounded to its dtype and the weights to bfloat16, the coarsest that a kernel
-        multiplies with. Three times, since a step may hold one row: two samples of the same error.
+        Q is rounded to its dtype, and to the cache's where that holds no codes, since both are
+        multiplied in it; the weights to bfloat16, the coarsest that a kernel multiplies with. Three times, since a step may hold one row: two samples of the same error.
         """
         step = self.step_mask
-        rounded_q = oracle.values_of(q.astype(np.float32).astype(numpy_dtype(self.dtype)))
+        rounded_q = q.astype(np.float32).astype(numpy_dtype(self.dtype))
+        if self.spec.layer_quant(0).storage is None:
+            rounded_q = rounded_q.astype(np.float32).astype(numpy_dtype(self.spec.dtype))
+        rounded_q = oracle.values_of(rounded_q)
         plain = _low_precision(rounded_q, k, v, step, **options)
         unit = compare.ROUNDING[self.dtype]
         return 3 * np.abs(plain - want).max() + 2 * unit * np.abs(want) + 2.0**-12

@@ -149,36 +149,36 @@ __device__ __forceinline__ void scale_nodes(Shared& sh, int count) {
   __syncthreads();
 }
 
-// One vector of each node's O, all in flight at once.
-__device__ __forceinline__ void load_nodes(float4 (&x)[kGroup], const Shared& sh, int count,
-                                           int at) {
-#pragma unroll
-  for (int k = 0; k < kGroup; ++k) {
-    if (k < count) x[k] = __ldcg(reinterpret_cast<const float4*>(sh.node[k] + at));
-  }
-}
-
 // Fold the states at sh.node[0 .. count), in order, and put the result.
 __device__ __noinline__ void fold_nodes(const Params& p, Shared& sh, int count, float* to) {
+  constexpr int kAtOnce = kColumns == 4 ? 4 : 8;  // loads in flight a thread
   __syncthreads();
   scale_nodes(sh, count);
   const NodeTable& table = sh.nodes;
   for (int i = threadIdx.x; i < sh.item.rows * kVectors; i += kThreads) {
     const int row = i / kVectors, at = row * kD + i % kVectors * 4;
-    float4 x[kGroup];
-    load_nodes(x, sh, count, at);
     RowState state = sh.row[0][row];
     state.l = 0.f;
     float4 sum = {0.f, 0.f, 0.f, 0.f};
+    for (int base = 0; base < count; base += kAtOnce) {
+      float4 x[kAtOnce];
 #pragma unroll
-    for (int k = 0; k < kGroup; ++k) {
-      if (k >= count) break;
-      const float before = table.old_l[k][row], next = table.new_l[k][row];
-      state.l = fold_l(state.l, before, table.l[k][row], next);
-      if constexpr (kPagedScales) {
-        sum = fold_sums(sum, table.old_sum[k][row], x[k], table.new_sum[k][row]);
-      } else {
-        sum = fold_sums(sum, before, x[k], next);
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (base + j < count) {
+          x[j] = __ldcg(reinterpret_cast<const float4*>(sh.node[base + j] + at));
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (base + j >= count) break;
+        const int k = base + j;
+        const float before = table.old_l[k][row], next = table.new_l[k][row];
+        state.l = fold_l(state.l, before, table.l[k][row], next);
+        if constexpr (kPagedScales) {
+          sum = fold_sums(sum, table.old_sum[k][row], x[j], table.new_sum[k][row]);
+        } else {
+          sum = fold_sums(sum, before, x[j], next);
+        }
       }
     }
     put(p, sh, to, row, i % kVectors, sum, state);

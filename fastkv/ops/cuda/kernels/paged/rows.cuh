@@ -25,6 +25,9 @@ __device__ __forceinline__ Bounds find_bounds(const Params& p, Shared& sh) {
     if (p.mask_offsets != nullptr) {
       const int2 seen = *reinterpret_cast<const int2*>(p.mask_offsets + 2 * (r.first + token));
       low = max(low, seen.x), high = min(high, seen.y);
+      if (seen.x < 0 || seen.x > seen.y || seen.y > r.length) {
+        report_fault(p.faults, kFaultInterval, r.index);
+      }
     }
     high = max(high, low);
     if (threadIdx.x < 32) sh.low[row] = low, sh.high[row] = high;

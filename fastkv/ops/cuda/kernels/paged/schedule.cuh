@@ -39,8 +39,10 @@ __device__ __forceinline__ Request read_request(const Params& p, int b) {
   Request r;
   r.index = b;
   const int limit = int(min(capacity(p.table), i64(1) << 30));
-  r.first = min(max(p.cu_seqlens_q[b], 0), p.tokens);
-  const int tokens = min(max(p.cu_seqlens_q[b + 1], r.first), p.tokens) - r.first;
+  const int first = p.cu_seqlens_q[b], last = p.cu_seqlens_q[b + 1];
+  r.first = min(max(first, 0), p.tokens);
+  const int tokens = min(max(last, r.first), p.tokens) - r.first;
+  if (first < 0 || last < first || last > p.tokens) report_fault(p.faults, kFaultQuerySum, b);
   const int cached = p.cache_seqlens[b];
   r.cached = min(max(cached, 0), limit);
   r.length = min(r.cached + tokens, limit);

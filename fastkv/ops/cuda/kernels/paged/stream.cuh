@@ -61,20 +61,19 @@ struct Stream {
 #pragma unroll
       for (int i = 0; i < F::kBlocks; ++i) whole = whole && page[i] >= 0;
       if (whole) {
-        copy_tile(to, k, p.k_strides, page, at);
-        copy_tile(to + kTileBytes, v, p.v_strides, page, at);
+        copy_tile<true>(to, k, p.k_strides, page, at);
+        copy_tile<true>(to + kTileBytes, v, p.v_strides, page, at);
       } else {
-        copy_edge(to, k, u32(p.k_strides.page), u32(p.k_strides.slot), page[0],
-                  page[F::kBlocks - 1], at, p.table.page_shift, low, high);
-        copy_edge(to + kTileBytes, v, u32(p.v_strides.page), u32(p.v_strides.slot), page[0],
-                  page[F::kBlocks - 1], at, p.table.page_shift, low, high);
+        copy_tile<false>(to, k, p.k_strides, page, at);
+        copy_tile<false>(to + kTileBytes, v, p.v_strides, page, at);
       }
     }
     ++issued;
     commit_copies();
   }
 
-  // Strides are small (the launcher sees to it), so one wide multiplication each.
+  // Strides are below 2^31 bytes (the launcher sees to it), so one wide multiplication each.
+  template <bool kWhole>
   __device__ __forceinline__ void copy_tile(u32 to, const u8* side, const SideStrides& strides,
                                             const int (&page)[F::kBlocks], int at) const {
     constexpr int kPieces = F::kRowBytes / 16;
@@ -84,7 +83,7 @@ struct Stream {
     const u8* block[F::kBlocks];
 #pragma unroll
     for (int i = 0; i < F::kBlocks; ++i) {
-      block[i] = side + u64(u32(page[i])) * u32(strides.page);
+      block[i] = side + u64(u32(kWhole ? page[i] : max(page[i], 0))) * u32(strides.page);
       const u32 slot = u32(at + 16 * i) & last_slot;
       block[i] += u64(slot + (kEven ? lane / kPieces : 0)) * slot_bytes;
       if constexpr (kEven) block[i] += lane % kPieces * 16;
@@ -99,24 +98,15 @@ struct Stream {
       from += (row & 15) * slot_bytes + column;
       // Keeps the compiler from holding every row's offset in registers across tiles.
       asm volatile("" : "+l"(from));
-      copy_async(mine + row * kPitch + column, from);
-    }
-  }
-
-  // The same where some token is not there: zeros in its place. Rare, so out of the way.
-  static __device__ __noinline__ void copy_edge(u32 to, const u8* side, u32 page_bytes,
-                                                u32 slot_bytes, int page0, int page1, int at,
-                                                int page_shift, int low, int high) {
-    constexpr int kPieces = F::kRowBytes / 16;
-#pragma unroll 1
-    for (int piece = threadIdx.x % 32; piece < kTile * kPieces; piece += 32) {
-      const int row = piece / kPieces, column = piece % kPieces * 16, key = at + row;
-      const int page = row < 16 ? page0 : page1;
-      const bool there = key >= low && key < high && page >= 0;
-      const u32 slot = u32(key) & ((1u << page_shift) - 1);
-      const u8* from = side;
-      if (there) from += u64(u32(page)) * page_bytes + u64(slot) * slot_bytes + column;
-      copy_async(to + row * kPitch + column, from, there ? 16 : 0);
+      const u32 where = mine + row * kPitch + column;
+      if constexpr (kWhole) {
+        copy_async(where, from);
+      } else {
+        const int key = at + row + (kEven ? lane / kPieces : 0);
+        const int id = F::kBlocks == 1 || row < 16 ? page[0] : page[F::kBlocks - 1];
+        const bool there = key >= low && key < high && id >= 0;
+        copy_async(where, there ? from : side, there ? 16 : 0);
+      }
     }
   }
 

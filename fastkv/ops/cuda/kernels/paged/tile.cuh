@@ -12,7 +12,7 @@
 struct WarpState {
   float o[kColumns][kDimSteps][4];
   float m[kColumns][2], top[kColumns][2];
-  float l[kColumns][2];  // by a product with ones; with a scale per token: this lane's keys only
+  float l[kColumns][4];  // two, by a product with ones; with a scale per token: this lane's keys only
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -22,7 +22,7 @@ struct WarpState {
 #pragma unroll
         for (int d = 0; d < kDimSteps; ++d) o[c][d][i] = 0.f;
       }
-      l[c][0] = l[c][1] = 0.f;
+      l[c][0] = l[c][1] = l[c][2] = l[c][3] = 0.f;
       m[c][0] = m[c][1] = top[c][0] = top[c][1] = MINUS_INFINITY;
     }
   }
@@ -51,9 +51,8 @@ struct WarpState {
 // turns this lane's two rows' products into scores, x = s * factor + shift.
 struct Query {
   static constexpr bool kHeld = kColumns == 1 && kD <= 128;
-  static constexpr bool kFactorsHeld = kColumns * kD <= 256;
   uint2 held[kHeld ? kDimSteps : 1];
-  float2 factors[kFactorsHeld ? kColumns : 1], shifts[kFactorsHeld ? kColumns : 1];
+  float2 factor[kColumns], shift[kColumns];
   const Shared& sh;
 
   __device__ __forceinline__ Query(const Shared& sh) : sh(sh) {
@@ -61,19 +60,11 @@ struct Query {
 #pragma unroll
       for (int s = 0; s < kDimSteps; ++s) held[s] = sh.q[s][0][threadIdx.x % 32];
     }
-    if constexpr (kFactorsHeld) {
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) factors[c] = load(sh.factor, c), shifts[c] = load(sh.shift, c);
-    }
+    for (int c = 0; c < kColumns; ++c) factor[c] = load(sh.factor, c), shift[c] = load(sh.shift, c);
   }
   static __device__ __forceinline__ float2 load(const float* rows, int c) {
     return *reinterpret_cast<const float2*>(rows + 8 * c + threadIdx.x % 4 * 2);
-  }
-  __device__ __forceinline__ float2 factor(int c) const {
-    return kFactorsHeld ? factors[kFactorsHeld ? c : 0] : load(sh.factor, c);
-  }
-  __device__ __forceinline__ float2 shift(int c) const {
-    return kFactorsHeld ? shifts[kFactorsHeld ? c : 0] : load(sh.shift, c);
   }
   __device__ __forceinline__ uint2 at(int step, int column) const {
     if constexpr (kHeld) return held[step];
@@ -242,7 +233,7 @@ __device__ __forceinline__ void finish_scores(Scores& s, const Params& p, const 
   }
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
-    const float2 factor = query.factor(c), shift = kZeroPoints ? query.shift(c) : float2{};
+    const float2 factor = query.factor[c], shift = query.shift[c];
 #pragma unroll
     for (int j = 0; j < 2 * F::kBlocks; ++j) {
 #pragma unroll
@@ -347,9 +338,7 @@ __device__ __forceinline__ void soften(WarpState& w, Scores& s, Weights& b, floa
         // Sums of the rounded weights, which are what multiplies V.
         const u32 ones = pack2<Math>(1.f, 1.f);
         const u32 a[4] = {ones, ones, ones, ones};
-        float l[4] = {w.l[c][0], w.l[c][1], 0.f, 0.f};
-        mma<Math>(l, a, b[block][c][0], b[block][c][1]);
-        w.l[c][0] = l[0], w.l[c][1] = l[1];
+        mma<Math>(w.l[c], a, b[block][c][0], b[block][c][1]);
       }
     }
   }
