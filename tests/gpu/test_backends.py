@@ -9,6 +9,7 @@ import pytest
 from fastkv.arrays import numpy_dtype
 from fastkv.backends import get_backend
 from fastkv.ops.cuda import jit
+from fastkv.quant import quant_spec
 from helpers import compare, oracle
 from helpers.compare import assert_same_bits, bits
 from helpers.mixed import MIXTURE, Engine, Step
@@ -57,7 +58,7 @@ class GpuEngine(Engine):
         """
         step = self.step_mask
         rounded_q = q.astype(np.float32).astype(numpy_dtype(self.dtype))
-        if self.spec.layer_quant(0).storage is None:
+        if quant_spec(self.fmt).storage is None:
             rounded_q = rounded_q.astype(np.float32).astype(numpy_dtype(self.spec.dtype))
         rounded_q = oracle.values_of(rounded_q)
         plain = _low_precision(rounded_q, k, v, step, **options)

@@ -93,12 +93,10 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
   Stream stream(p, sh, low, high, shared_address(stages));
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) stream.issue();
-  STAMP(2);
   for (int c = threadIdx.x / 32; c < kColumns; c += kWarps) load_query(p, sh, c);
   load_output_parameters(p, sh);
   __syncthreads();
   const Query query(sh);
-  STAMP(3);
 
   int tile = 0, turn = 0;
   [[maybe_unused]] float k_scale = 0.f, v_scale = 0.f;
@@ -121,13 +119,11 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
       attend_tile(w, p, sh, query, stream, see, tile, k_scale, v_scale);
       if constexpr (kPagedScales) k_scale = next_k, v_scale = next_v;
     }
-    STAMP(4);
     const int group = chunk / kGroup, group_begin = max(group * kGroup, begin);
     const int group_end = min((group + 1) * kGroup, sh.item.chunks);
     const bool folds = group_begin == group * kGroup;
     float* to = folds ? nullptr : state_at(p, blockIdx.x, chunk - group_begin);
     finish_chunk(w, sh, chunk == group_begin, turn, to);
-    STAMP(5);
     if (chunk + 1 < min(group_end, end)) continue;
     if (folds && chunk + 1 == group_end) {
       put_sum(p, sh, turn, group_target(p, sh, group));
@@ -137,7 +133,6 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
       finish_part(p, sh, group, chunk + 1 - group_begin);
     }
   }
-  STAMP(6);
   wait_copies<0>();
   __syncthreads();  // the next item writes what this one read
 }
@@ -169,9 +164,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, FASTKV_BLOCKS)
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int begin_rows = p.cu_seqlens_q[0], end_rows = p.cu_seqlens_q[p.table.requests];
-  STAMP(0);
   find_share(p, sh);
-  STAMP(1);
   for (u32 at = sh.share.start; at < sh.share.end;) {
     if (threadIdx.x == 0) sh.item = find_item(p, sh.share, sh.request, at);
     __syncthreads();
@@ -181,5 +174,4 @@ extern "C" __global__ void __launch_bounds__(kThreads, FASTKV_BLOCKS)
     at += end - begin;
   }
   clear_rows(p, begin_rows, end_rows);
-  STAMP(9);
 }

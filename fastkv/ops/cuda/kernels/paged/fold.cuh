@@ -151,7 +151,8 @@ __device__ __forceinline__ void scale_nodes(Shared& sh, int count) {
 
 // Fold the states at sh.node[0 .. count), in order, and put the result.
 __device__ __noinline__ void fold_nodes(const Params& p, Shared& sh, int count, float* to) {
-  constexpr int kAtOnce = kColumns == 4 ? 4 : 8;  // loads in flight a thread
+  // Loads in flight a thread; fewer where registers are short.
+  constexpr int kAtOnce = kColumns == 4 || FASTKV_BLOCKS > 2 ? 4 : 8;
   __syncthreads();
   scale_nodes(sh, count);
   const NodeTable& table = sh.nodes;

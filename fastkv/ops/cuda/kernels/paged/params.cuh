@@ -72,9 +72,3 @@ constexpr float kLn2 = 0.6931471805599453f;
 __device__ __forceinline__ float static_at(const void* array, int i) {
   return to_float(static_cast<const FASTKV_STATIC*>(array)[i]);
 }
-
-#ifdef FASTKV_STAMPS
-#define STAMP(i) if (threadIdx.x == 0) { u64 t_; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t_)); reinterpret_cast<u64*>(p.faults)[blockIdx.x * 16 + i] = t_; }
-#else
-#define STAMP(i)
-#endif
