@@ -45,7 +45,7 @@ class _Arena:
 
 
 _lock = threading.Lock()
-_by_stream: dict[tuple[int, int], tuple[int, Workspace]] = {}
+_by_stream: dict[tuple[int, int], tuple[int, int, Workspace]] = {}
 _by_capture: dict[tuple[int, int, int, int], int] = {}
 _arenas: dict[int, _Arena] = {}
 
@@ -66,20 +66,23 @@ def workspace(
     if _is_capturing(stream):
         return _captured(on_device, library, index, stream, states, counters)
     found = _by_stream.get((index, stream))
-    if found is None or found[0] < states:
+    if found is None or found[0] < states or found[1] < counters:
         found = _grow(index, stream, states, counters)
-    return found[1]
+    return found[2]
 
 
-def _grow(index: int, stream: int, states: int, counters: int) -> tuple[int, Workspace]:
+def _grow(index: int, stream: int, states: int, counters: int) -> tuple[int, int, Workspace]:
+    """New memory for the largest states and the largest counters that were asked for so far."""
     with _lock:
         old = _by_stream.get((index, stream))
-        kept = None if old is None else old[1].owner  # a launch before this one may still use it
+        kept = None  # what a launch before this one may still use
+        if old is not None:
+            states, counters, kept = max(states, old[0]), max(counters, old[1]), old[2].owner
         counters = -(-counters // _ALIGNMENT) * _ALIGNMENT
         with _device(index):
             memory = _zeroed(states + counters)
-        made = (states, Workspace(memory.ptr + counters, memory.ptr, (memory, kept)))
-        _by_stream[index, stream] = made
+        space = Workspace(memory.ptr + counters, memory.ptr, (memory, kept))
+        made = _by_stream[index, stream] = (states, counters, space)
         return made
 
 
