@@ -57,18 +57,19 @@ def _from_host(host: "NDArray[Any]", device: str) -> Any:
     return bits.view(getattr(torch, host.dtype.name)).to(device)
 
 
+# A complex tensor's parts, of these dtypes, may have bits that negate each read.
+_PARTS = frozenset({torch.float16, torch.float32, torch.float64})
+_on_gpu: dict[Any, bool] = {}  # by device: asking a dictionary is cheaper than asking the tensor
+
+
 def _signature(array: Any) -> Any:
-    if not array.is_cuda or array.is_neg():
+    device, dtype = array.device, array.dtype
+    on_gpu = _on_gpu.get(device)
+    if on_gpu is None:
+        on_gpu = _on_gpu[device] = device.type == "cuda"
+    if not on_gpu or (dtype in _PARTS and array.is_neg()):
         return None
-    return torch.Tensor, array.shape, array.stride(), array.dtype, array.device
-
-
-def _pointer(array: Any) -> int:
-    return int(array.data_ptr())
-
-
-def _strides(array: Any) -> tuple[int, ...]:
-    return tuple(array.stride())
+    return array.shape, array.stride(), dtype, device
 
 
 @cache
@@ -97,5 +98,5 @@ LIBRARY = Library(
     _zeros,
     _to_host,
     _from_host,
-    OnDevice(_signature, _pointer, _strides, _empty, _raw_stream),
+    OnDevice(_signature, torch.Tensor.data_ptr, torch.Tensor.stride, _empty, _raw_stream),
 )
