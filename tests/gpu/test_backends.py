@@ -54,7 +54,8 @@ class GpuEngine(Engine):
         """FlashAttention's rule: at most so many times the error of a plain low-precision run.
 
         Q is rounded to its dtype, and to the cache's where that holds no codes, since both are
-        multiplied in it; the weights to bfloat16, the coarsest that a kernel multiplies with. Three times, since a step may hold one row: two samples of the same error.
+        multiplied in it; the weights to bfloat16, the coarsest that a kernel multiplies with. Three
+        times, since a step may hold one row: two samples of the same error.
         """
         step = self.step_mask
         rounded_q = q.astype(np.float32).astype(numpy_dtype(self.dtype))
