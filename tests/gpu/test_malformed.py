@@ -59,7 +59,7 @@ def test_metadata_faults_raise_the_same_text_as_on_the_cpu(op, fmt, library, moc
 
 
 def spelled_for(library, want):
-    """Tensors are named as their library names them; CuPy holds float8 as uint8: no more differs."""
+    """Tensors are named as their library does, and CuPy holds float8 as uint8: no more differs."""
     kind, text, argument = want
     if library == "torch":
         text = text.replace("got ndarray", "got Tensor")

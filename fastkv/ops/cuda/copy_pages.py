@@ -7,7 +7,7 @@ from fastkv.arrays.library import OnDevice
 from fastkv.cache import LayerCache
 from fastkv.dtypes import ITEMSIZE
 from fastkv.ops.cuda import faults, jit, serve, tensors
-from fastkv.ops.cuda.launch import INT32, INT64, POINTER, Kernel, completed
+from fastkv.ops.cuda.launch import INT32, INT64, POINTER, Kernel, completed, kernel
 from fastkv.ops.cuda.tensors import VECTOR, Blob
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _prepare(checker: "Checker", cache: LayerCache) -> _Plan:
     defines = _defines(row_bytes, scale_bytes, tensors.page_shift(checker))
     what = jit.Specialization.of("copy_pages", **defines)
     return _Plan(
-        Kernel(what, index, _fields(constants.field), _THREADS),
+        kernel(what, index, _fields(constants.field), _THREADS),
         index,
         sizes["n"] * parts,
         tensors.library(checker),

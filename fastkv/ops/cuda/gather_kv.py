@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastkv.arrays.library import OnDevice
 from fastkv.cache import LayerCache
 from fastkv.ops.cuda import faults, jit, tensors
-from fastkv.ops.cuda.launch import INT32, INT64, POINTER, Kernel, completed
+from fastkv.ops.cuda.launch import INT32, INT64, POINTER, Kernel, completed, kernel
 from fastkv.ops.cuda.tensors import CTYPE, Blob
 from fastkv.quant import quant_spec
 
@@ -95,7 +95,7 @@ def _prepare(
     index = tensors.device_index(checker)
     what = jit.Specialization.of("gather_kv", **defines)
     return _Plan(
-        Kernel(what, index, _fields(constants.field), 32 * _WARPS),
+        kernel(what, index, _fields(constants.field), 32 * _WARPS),
         index,
         -(-sizes["Tk"] // _WARPS),
         tensors.library(checker),

@@ -10,6 +10,7 @@ import ctypes
 import struct
 import threading
 from collections.abc import Sequence
+from functools import cache, cached_property
 from typing import Any
 
 from fastkv.errors import FastKVError
@@ -45,7 +46,7 @@ class Kernel:
         self,
         what: jit.Specialization,
         index: int,
-        fields: Sequence[str],
+        fields: tuple[str, ...],
         threads: int,
         shared: int = 0,
     ) -> None:
@@ -70,6 +71,7 @@ class Kernel:
         """Bytes of local memory of a thread: spilled registers, if any."""
         return int(self._function.local_size_bytes)
 
+    @cached_property
     def resident_blocks(self) -> int:
         """How many blocks run on the device at once."""
         threads, shared = self._shape
@@ -113,6 +115,14 @@ class Kernel:
         config.attrs, config.numAttrs = [attribute], 1
         self._local.keep = pointers
         return buffer, ctypes.addressof(pointers), config
+
+
+@cache
+def kernel(
+    what: jit.Specialization, index: int, fields: tuple[str, ...], threads: int, shared: int = 0
+) -> Kernel:
+    """The one `Kernel` of these arguments: batches of many shapes share it."""
+    return Kernel(what, index, fields, threads, shared)
 
 
 def completed(what: jit.Specialization, fields: Sequence[str]) -> jit.Specialization:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastkv.arrays.library import OnDevice
 from fastkv.ops.cuda import jit, serve, tensors
-from fastkv.ops.cuda.launch import INT32, INT64, POINTER, Kernel, completed
+from fastkv.ops.cuda.launch import INT32, INT64, POINTER, Kernel, completed, kernel
 from fastkv.ops.cuda.tensors import CTYPE, Blob
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _prepare(checker: "Checker", outs: dict[str, Any], lses: tuple[Any, Any]) ->
     serve.require_device(checker, None, index)
     what = jit.Specialization.of("merge_states", **_defines(checker.dtype("out_a"), dim))
     return _Plan(
-        Kernel(what, index, _fields(constants.field), _THREADS),
+        kernel(what, index, _fields(constants.field), _THREADS),
         index,
         -(-chunks // (_THREADS * _UNROLL)),
         tensors.library(checker),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastkv.ops.cuda import faults, jit, serve, tensors
-from fastkv.ops.cuda.launch import FLOAT, INT32, INT64, POINTER, Kernel, completed
+from fastkv.ops.cuda.launch import FLOAT, INT32, INT64, POINTER, completed, kernel
 from fastkv.ops.cuda.paged_shape import GROUP, LEAST_CHUNK, SPLIT, THREADS, Shape
 from fastkv.ops.cuda.workspace import workspace
 from fastkv.quant import quant_spec
@@ -49,11 +49,11 @@ class Prepared:
             **_defines(tensors.CTYPE[checker.dtype("q")], dim, shape),
         )
         fields = (*_POINTERS, blob.field, *_SCALARS)
-        self.kernel = Kernel(what, self.index, fields, THREADS, shape.shared)
+        self.kernel = kernel(what, self.index, fields, THREADS, shape.shared)
         self.scale = dim**-0.5
         self.fresh = int(not checker.given("out"))
         most = (sizes["T"] * group // (8 * shape.columns) + sizes["B"]) * heads * groups * GROUP
-        self.grid = max(1, min(self.kernel.resident_blocks(), most))
+        self.grid = max(1, min(self.kernel.resident_blocks, most))
         state = 4 * (8 * shape.columns * dim + 3 * 8 * shape.columns)
         self.states = self.grid * (GROUP + 2 * groups) * state
         self.counters = 8 * self.grid

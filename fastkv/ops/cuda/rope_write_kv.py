@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastkv.arrays.library import OnDevice
 from fastkv.cache import LayerCache
 from fastkv.ops.cuda import faults, jit, tensors
-from fastkv.ops.cuda.launch import FLOAT, INT32, INT64, POINTER, Kernel, completed
+from fastkv.ops.cuda.launch import FLOAT, INT32, INT64, POINTER, Kernel, completed, kernel
 from fastkv.ops.cuda.tensors import CTYPE, Blob
 from fastkv.quant import quant_spec
 from fastkv.rope import Rope
@@ -224,7 +224,7 @@ def _norm_defines(
 
 def _kernel(defines: dict[str, object], constants: str, index: int) -> Kernel:
     threads = int(str(defines["threads"]))
-    return Kernel(
+    return kernel(
         jit.Specialization.of("rope_write_kv", **defines), index, _fields(constants), threads
     )
 
