@@ -11,6 +11,7 @@ import pytest
 
 from fastkv import Rope, StaticScales, arrays
 from fastkv.backends.kernels import KERNELS
+from fastkv.contracts import calls
 from fastkv.errors import (
     ContractError,
     DtypeError,
@@ -553,3 +554,12 @@ def test_numpy_numbers_are_numbers(op):
     again, lse_again = legal_call(op).run()
     np.testing.assert_array_equal(out, again)
     np.testing.assert_array_equal(lse, lse_again)
+
+
+def test_a_checked_call_knows_which_tensors_it_was_given():
+    given = legal_call("gather_kv", "block_wise_fp8").arguments
+    names = ("cache", "cache_seqlens", "block_table", "cu_seqlens_k", "out_k", "out_v")
+    checker = calls.gather_kv(*(given[name] for name in names))
+    assert checker.given("out_k")
+    assert checker.given("cache.k_scale")
+    assert not checker.given("out")
