@@ -272,7 +272,7 @@ def test_decode_is_the_same_in_every_batch(index):
 def test_decode_is_the_same_beside_a_prefill(case, option):
     # The prefill makes the average request long enough for a kernel with more rows a block.
     batch, q = batch_of(case, kv_heads=1, cached=(5_000, 100, 20_000), new=(1, 300, 1))
-    made = options_of(batch, OPTIONS[option] | {"window": 4_000})
+    made = options_of(batch, OPTIONS[option] | {"window": 6_000})
     whole = run(batch, q, **made)
     for order in ([0], [1], [2], [2, 0], [1, 2]):
         part, part_q, part_options, rows = alone(batch, q, order, **made)
