@@ -6,7 +6,7 @@ tolerate is arithmetic. What a format loses by quantizing is another question: `
 Bytes are compared bitwise, with `assert_same_bits`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,6 +54,75 @@ ROUNDING = {"float32": EPS, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 SMALLEST = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
 
 
+class Attended(NamedTuple):
+    """Attention in float64 of chosen rows, and the sizes that bound how far tensor cores may err.
+
+    Attributes:
+        rows: their indices in q, `[n]`.
+        out: `[n, Hq, D]`.
+        lse: `[n, Hq]`.
+        score: the largest `scale sum |q k|` of a key that is seen, `[n, Hq]`.
+        value: attention over |v| in place of v, `[n, Hq, D]`.
+        beside_score: `scale sum |q| (|code| + |zp|) dequant` at most, 0 without zero points.
+        beside_value: `(|code| + |zp|) dequant` at most, likewise.
+        keys: how many keys the row sees, `[n]`.
+        weight: half a unit in the last place of the products' number type.
+        query: how much each element of q is rounded by, relative to itself.
+        cap: `soft_cap`, or 0.
+    """
+
+    rows: Any
+    out: Any
+    lse: Any
+    score: Any
+    value: Any
+    beside_score: Any
+    beside_value: Any
+    keys: Any
+    weight: float
+    query: float
+    cap: float
+
+
+# What a tensor core loses beside rounding its operands: it adds 16 products to a float32 sum,
+# truncating each to the largest's last place, so 17 * 2^-23 a step and D / 16 <= 16 steps; and the
+# scores' own float32 arithmetic (scale, maximum, 2^x to 2 ulp) and the folds of at most 8 tiles, 4
+# warps, 16 chunks and 16 groups, 2 EPS each. 272 * 2^-23 + 100 * 2^-24 < 2^-14.
+PRODUCTS = 2.0**-14
+
+
+def query_rounding(q, product, channels):
+    """Relative error of an element of q as the products take it; a factor 2^n rounds nothing.
+
+    Args:
+        q: dtype of q.
+        product: number type of the products.
+        channels: K's scale is per channel and multiplied into q, in float32.
+    """
+    exact = q == product or (q, product) == ("bfloat16", "float16")
+    return 0.0 if exact and not channels else ROUNDING[product] + EPS
+
+
+def assert_attends(got, lse, want):
+    """Compare rows of an output of tensor cores, and their LSE, with `Attended`.
+
+    A score errs by what rounding q and adding lose, and by 8 EPS of a cap (tanh through 2^x). A
+    weight errs by that, and by its own rounding, `weight` or below 2^-14 of the largest 2^-25 of
+    it; numerator and denominator carry it alike, and the sink's share once more.
+    """
+    score = want.query * want.score + PRODUCTS * (want.score + want.beside_score)
+    score = score + 8 * EPS * want.cap
+    weight = want.weight + want.keys[:, None] * 2.0**-25 + PRODUCTS
+    share = (3 * np.expm1(score) + 2 * weight)[..., None]
+    allowed = share * want.value + PRODUCTS * want.beside_value
+    _compare_within(got[want.rows], want.out, allowed, "out")
+    if lse is not None:
+        allowed = score + weight + 4 * EPS * np.abs(np.nan_to_num(want.lse, neginf=0))
+        _compare_within(lse[want.rows], want.lse, allowed, "lse")
+    empty = want.keys == 0
+    assert not values_of(got[want.rows])[empty].any(), "a row that sees no key is exactly 0"
+
+
 def assert_close(got, want, quant="none", *, reads=False):
     """Compare a result with its float64 reference.
 
@@ -73,6 +142,12 @@ def assert_rotated(got, want):
 
 
 def _compare(got, want, share, name):
+    finite = np.abs(np.asarray(want, np.float64)[np.isfinite(want)])
+    _compare_within(got, want, share * finite.max(initial=0.0), name)
+
+
+def _compare_within(got, want, allowed, name):
+    """`allowed`: absolute, before the rounding to the result's dtype."""
     values, want = values_of(got), np.asarray(want, np.float64)
     assert values.shape == want.shape, f"shape {values.shape}, want {want.shape}"
     for what, mask in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
@@ -83,7 +158,7 @@ def _compare(got, want, share, name):
     error = np.abs(np.where(finite, values, 0) - np.where(finite, want, 0))
     size = np.abs(np.where(finite, want, 0))
     dtype = got.dtype.name
-    allowed = share * size.max() + 1.001 * ROUNDING[dtype] * size + SMALLEST[dtype]
+    allowed = allowed + 1.001 * ROUNDING[dtype] * size + SMALLEST[dtype]
     off = np.where(finite, error - allowed, -np.inf)
     if off.max() > 0:
         at = tuple(int(i) for i in np.unravel_index(off.argmax(), off.shape))

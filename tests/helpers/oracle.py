@@ -138,23 +138,14 @@ LARGEST_FINITE = {
 
 
 def _quantize_block_wise(x, *, scale_dtype, **_):
-    """Row by row: the one format whose multiplier depends on what is written."""
-    stored = np.zeros(x.shape, np.uint8)
-    scale = np.zeros(x.shape[:-1])
-    for row in np.ndindex(x.shape[:-1]):
-        amax = np.max(np.abs(x[row]))  # NaN if any element is
-        if amax == 0:
-            continue
-        if np.isnan(amax):
-            stored[row], scale[row] = 0x7F, np.nan
-            continue
-        s = min(
-            max(float(f32(amax / 448)), SMALLEST_NORMAL[scale_dtype]), LARGEST_FINITE[scale_dtype]
-        )
-        s = float(from_bits(to_bits(s, scale_dtype), scale_dtype))
-        scale[row] = s
-        stored[row] = to_e4m3(np.clip(f32(x[row] / s), -448, 448))
-    return stored, to_bits(scale, scale_dtype)
+    """The one format whose multiplier depends on what is written, row by row."""
+    amax = np.abs(x).max(axis=-1)  # NaN if any element is
+    s = np.clip(f32(amax / 448), SMALLEST_NORMAL[scale_dtype], LARGEST_FINITE[scale_dtype])
+    s = np.where(amax == 0, 0.0, from_bits(to_bits(s, scale_dtype), scale_dtype))
+    scaled = np.clip(f32(x / np.where(amax == 0, 1.0, s)[..., None]), -448, 448)
+    stored = np.where(np.isnan(amax)[..., None], 0x7F, to_e4m3(scaled))
+    stored = np.where((amax == 0)[..., None], 0, stored).astype(np.uint8)
+    return stored, to_bits(s, scale_dtype)
 
 
 _QUANTIZE = {
