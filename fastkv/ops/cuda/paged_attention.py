@@ -143,6 +143,10 @@ def paged_attention(
     aligned = pointer(q), pointer(out), pointer(cache.k), pointer(cache.v)
     tensors.require_aligned(checker, _ALIGNED, aligned)
     at_q, at_out, at_k, at_v = aligned
+    at_mask = 0 if mask_offsets is None else pointer(mask_offsets)
+    if at_mask % 8:  # a row's interval is one load
+        expected = "memory aligned to 8 bytes on a GPU"
+        raise tensors.unsupported(checker, "mask_offsets", expected, f"address {at_mask:#x}")
     prepared.kernel.launch(
         stream,
         prepared.grid,
@@ -157,7 +161,7 @@ def paged_attention(
         pointer(cu_seqlens_q),
         pointer(cache_seqlens),
         pointer(block_table),
-        0 if mask_offsets is None else pointer(mask_offsets),
+        at_mask,
         0 if sinks is None else pointer(sinks),
         space.states,
         space.counters,
