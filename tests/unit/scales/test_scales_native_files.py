@@ -4,6 +4,7 @@
 import json
 import resource
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -289,26 +290,24 @@ def savable(layers=(0, 3, 5)):
     }
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """No file can grow past 100 bytes, as on a disk that is full."""
+    """No file can grow past 100 bytes, as on a disk that is full; nor can pytest's own output."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-
-    yield fill
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("name", SAVES)
-def test_failed_write_leaves_the_old_file(tmp_path, full_disk, name):
+def test_failed_write_leaves_the_old_file(tmp_path, name):
     path = tmp_path / "scales"
     SAVES[name](path, savable())
     before = path.read_bytes()
     assert len(before) > 100
-    full_disk()
-    with pytest.raises(OSError, match="too large"):
+    with pytest.raises(OSError, match="too large"), full_disk():
         SAVES[name](path, savable((3, 5)))
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["scales"]
