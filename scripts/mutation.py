@@ -37,13 +37,19 @@ BACKENDS = [
     *TEXTS,
     "tests/unit/backends/test_backend_before_writing.py",
     "tests/unit/backends/test_backend_calls.py",
+    "tests/unit/backends/test_backend_lacks.py",
     "tests/unit/backends/test_backend_options.py",
     "tests/unit/backends/test_backend_required.py",
     "tests/unit/backends/test_backend_resolve.py",
     "tests/unit/backends/test_backend_select.py",
     "tests/unit/test_docs_tables.py",
 ]
-BACKENDS_FIRST = [*TEXTS, "tests/unit/backends/test_backend_options.py", BACKENDS[-1]]
+BACKENDS_FIRST = [
+    *TEXTS,
+    "tests/unit/backends/test_backend_lacks.py",
+    "tests/unit/backends/test_backend_options.py",
+    BACKENDS[-1],
+]
 CONTRACTS = [
     "tests/unit/backends/test_backend_before_writing.py",
     REMEMBERED,
