@@ -7,6 +7,7 @@ functions, each mutant against those tests of its group that reach the function;
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -206,13 +209,18 @@ def checked_out() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def report(commit: str, mutants: list[dict[str, str]], seconds: float) -> dict[str, Any]:
+def digest(module: str) -> str:
+    """What tells a source from one that was changed since; the same for any ends of lines."""
+    text = (ROOT / module).read_text(encoding="utf-8")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def report(mutants: list[dict[str, str]], seconds: float) -> dict[str, Any]:
     counts = Counter((m["module"], m["tool"], m["outcome"]) for m in mutants)
     modules: dict[str, dict[str, dict[str, int]]] = {}
     for (module, tool, outcome), count in sorted(counts.items()):
         modules.setdefault(module, {}).setdefault(tool, {})[outcome] = count
     return {
-        "commit": commit,
         "python": sys.version.split()[0],
         "tools": {tool: version(tool) for tool in ("mutmut", "cosmic-ray", "pytest")},
         "minutes": round(seconds / 60),
@@ -221,30 +229,63 @@ def report(commit: str, mutants: list[dict[str, str]], seconds: float) -> dict[s
     }
 
 
-def run_part(part: str) -> dict[str, Any]:
-    commit, began, mutants = checked_out(), time.monotonic(), []
+def patterns(part: str) -> list[str]:
+    return [*TABLES] if part == "tables" else GROUPS[part][0]
+
+
+def sources(wanted: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The commit and the digest of each module that is about to be mutated."""
+    paths = [path.relative_to(ROOT).as_posix() for path in (ROOT / "fastkv").rglob("*.py")]
+    found = sorted(path for path in paths if any(fnmatch(path, each) for each in wanted))
+    commit = checked_out()
+    return {path: {"commit": commit, "sha256": digest(path)} for path in found}
+
+
+def run_part(part: str, only: list[str]) -> dict[str, Any]:
+    measured, began, mutants = sources(only or patterns(part)), time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
         if part == "tables":
             directory = Path(folder) / part
             copy_checkout(directory)
-            for module, tests in TABLES.items():
-                mutants += run_cosmic_ray(directory, module, tests)
+            for module in measured:
+                mutants += run_cosmic_ray(directory, module, TABLES[module])
         else:
-            mutants += run_mutmut(Path(folder), *GROUPS[part])
-    return report(commit, mutants, time.monotonic() - began)
+            mutants += run_mutmut(Path(folder), list(measured), *GROUPS[part][1:])
+    result = report(mutants, time.monotonic() - began)
+    # A module without a function has no mutant, so nothing that could go stale.
+    used = {name: source for name, source in measured.items() if name in result["modules"]}
+    return {"sources": used} | result
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A part of which some modules were measured again; the others keep what they have."""
+    kept = [entry for entry in old["survivors"] if entry["module"] not in new["sources"]]
+    return new | {
+        "sources": dict(sorted((old["sources"] | new["sources"]).items())),
+        "modules": dict(sorted((old["modules"] | new["modules"]).items())),
+        "minutes": old["minutes"],
+        "survivors": sorted(kept + new["survivors"], key=lambda entry: entry["module"]),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, required=True, help="counts and survivors go there")
+    parser.add_argument("--module", action="append", default=[], help="only this one of a part")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; the others stay")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"no part: {', '.join(sorted(unknown))}")
+    if arguments.module and len(arguments.parts) != 1:
+        parser.error("--module wants the one part that the module is of")
+    for part in arguments.parts:
+        if foreign := set(arguments.module) - set(sources(patterns(part))):
+            parser.error(f"not in {part}: {', '.join(sorted(foreign))}")
     target = arguments.json
     document = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
     for part in arguments.parts or PARTS:
-        document[part] = run_part(part)
+        result = run_part(part, arguments.module)
+        document[part] = merged(document[part], result) if arguments.module else result
         text = json.dumps(document, indent=1, ensure_ascii=False)
         target.write_text(text + "\n", encoding="utf-8")
         print(part, json.dumps(document[part]["modules"]), flush=True)

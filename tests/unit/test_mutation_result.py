@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The committed result of mutation testing is good enough, and the documentation explains it."""
 
+import hashlib
 import json
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +19,11 @@ MUTATED = (
 )
 # Modules without a mutant: names that are imported, and a class of one line.
 BARE = ("__init__.py", "flash_mask.py")
+SOURCES = [
+    (module, source["sha256"])
+    for part in PARTS.values()
+    for module, source in part["sources"].items()
+]
 SURVIVORS = [entry for part in PARTS.values() for entry in part["survivors"]]
 
 
@@ -47,6 +53,19 @@ def test_every_module_was_mutated():
         if any(fnmatch(path, pattern) for pattern in MUTATED) and Path(path).name not in BARE
     }
     assert {module for module, tool in counts() if tool == "mutmut"} == wanted
+
+
+@pytest.mark.parametrize(("module", "digest"), SOURCES)
+def test_the_result_is_of_the_present_source(module, digest):
+    text = (ROOT / module).read_text(encoding="utf-8")
+    stale = f"{module} changed: tox -e mutation -- --json FILE PART --module {module}"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest, stale
+
+
+def test_every_count_has_its_source():
+    for part in PARTS.values():
+        assert set(part["sources"]) == set(part["modules"])
+        assert all(source["commit"] for source in part["sources"].values())
 
 
 def test_the_documentation_shows_the_counts():
