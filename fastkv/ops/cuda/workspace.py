@@ -46,7 +46,7 @@ class _Arena:
 
 _lock = threading.Lock()
 _by_stream: dict[tuple[int, int], tuple[int, int, Workspace]] = {}
-_by_capture: dict[tuple[int, int, int, int], int] = {}
+_by_capture: dict[tuple[int, int, int, str, int], int] = {}
 _arenas: dict[int, _Arena] = {}
 
 
@@ -99,7 +99,7 @@ def _captured(
 
 def _slice(index: int, stream: int, kind: str, nbytes: int) -> int:
     """Memory of one capture on one stream: branches of a capture may run side by side."""
-    key = (index, stream, _capture_id(stream), hash((kind, nbytes)))
+    key = (index, stream, _capture_id(stream), kind, nbytes)
     with _lock:
         found = _by_capture.get(key)
         if found is None:
