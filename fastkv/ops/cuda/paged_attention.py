@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastkv.ops.cuda import faults, jit, serve, tensors
 from fastkv.ops.cuda.launch import FLOAT, INT32, INT64, POINTER, completed, kernel
-from fastkv.ops.cuda.paged_shape import GROUP, LEAST_CHUNK, SPLIT, THREADS, Shape
+from fastkv.ops.cuda.paged_shape import GROUP, LEAST_CHUNK, SPLIT, THREADS, WARPS, Shape, row_bytes
 from fastkv.ops.cuda.workspace import workspace
 from fastkv.quant import quant_spec
 
@@ -40,13 +40,14 @@ class Prepared:
         self.on_device = tensors.library(checker)
         self.static = tensors.static_names(cache.quant, "dequant")
         groups = -(-SPLIT // (heads * GROUP))
-        blob = self._blob(checker, cache, q, out, block_table, groups)
+        strides = tensors.cache_strides(checker, cache)
+        blob = self._blob(checker, strides, q, out, block_table, groups)
         self.blob = blob.packed
         what = jit.Specialization.of(
             "paged_attention",
             **tensors.cache_defines(checker, cache),
             **tensors.static_defines(checker, cache, "dequant"),
-            **_defines(tensors.CTYPE[checker.dtype("q")], dim, shape),
+            **_defines(tensors.CTYPE[checker.dtype("q")], dim, shape, _dense(cache, dim, strides)),
         )
         fields = (*_POINTERS, blob.field, *_SCALARS)
         self.kernel = kernel(what, self.index, fields, THREADS, shape.shared)
@@ -60,7 +61,7 @@ class Prepared:
 
     @staticmethod
     def _blob(
-        checker: "Checker", cache: "LayerCache", q: Any, out: Any, block_table: Any, groups: int
+        checker: "Checker", strides: list[int], q: Any, out: Any, block_table: Any, groups: int
     ) -> tensors.Blob:
         sizes = checker.sizes
         rows = tensors.row_strides(checker, "q", q)
@@ -68,7 +69,6 @@ class Prepared:
         rows += tensors.row_strides(checker, "out", out) if checker.given("out") else made
         table, counts = tensors.table_shape(checker, block_table)
         heads = sizes["Hkv"]
-        strides = tensors.cache_strides(checker, cache)
         if max(strides) >= _LARGEST_STRIDE:
             expected = f"page, head and slot strides below {_LARGEST_STRIDE} bytes on a GPU"
             raise tensors.unsupported(checker, "cache.k", expected, strides)
@@ -98,7 +98,13 @@ def _shape(checker: "Checker", cache: "LayerCache", dim: int, rows: int, index: 
     return found
 
 
-def _defines(q: str, dim: int, shape: Shape) -> dict[str, object]:
+def _dense(cache: "LayerCache", dim: int, strides: Sequence[int]) -> int:
+    """Bytes of a token's row where K's and V's follow each other without a gap, else 0."""
+    row = row_bytes(cache.quant, dim)
+    return row if strides[2] == strides[8] == row else 0
+
+
+def _defines(q: str, dim: int, shape: Shape, slot: int) -> dict[str, object]:
     return {
         "q": q,
         "d": dim,
@@ -108,6 +114,8 @@ def _defines(q: str, dim: int, shape: Shape) -> dict[str, object]:
         "shared_bytes": shape.shared,
         "least_chunk": LEAST_CHUNK,
         "split": SPLIT,
+        "warps": WARPS,
+        "slot_bytes": slot,
     }
 
 
@@ -205,11 +213,12 @@ def _example(
 ) -> jit.Specialization:
     row = quant_spec(quant)
     shape = Shape.of(row, dim, rows, memory)
+    slot = row_bytes(row, dim) if memory == _LARGE else 0  # either kind of cache has an example
     assert shape is not None, "examples fit"
     static = {"static": "float", "per_channel": per_channel} if row.needs_static else {}
     defines = tensors.codec_defines(row, storage, "float32") | static
     what = jit.Specialization.of(
-        "paged_attention", **defines, **_defines(tensors.CTYPE[q], dim, shape)
+        "paged_attention", **defines, **_defines(tensors.CTYPE[q], dim, shape, slot)
     )
     blob = _blob([0] * 12, [0] * 2, [0] * 4, [0] * 4, [0] * 4)
     return completed(what, (*_POINTERS, blob.field, *_SCALARS))

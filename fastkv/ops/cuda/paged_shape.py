@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastkv.quant import QuantSpec
 
-THREADS = 128
 WARPS = 4
+THREADS = 32 * WARPS
 GROUP = 16  # chunks whose states fold first; kernels/paged/params.cuh has it too
 # The split of a request over blocks: chunks of at least so many tokens, and about so many chunks
 # times KV heads. Part of the arithmetic: another split rounds otherwise.
@@ -64,9 +64,10 @@ class Shape:
 
     @classmethod
     def _with(cls, quant: "QuantSpec", dim: int, columns: int, memory: int) -> "Shape | None":
-        bits = 16 if quant.bound is None else 8 // quant.elements_per_item
-        fixed = _shared_struct(dim, columns)
-        stage = WARPS * 2 * (16 if bits == 16 else 32) * _pitch(bits * dim // 8)
+        row = row_bytes(quant, dim)
+        bits = 8 * row // dim
+        fixed = _shared_struct(dim, columns, row)
+        stage = WARPS * 2 * (16 if bits == 16 else 32) * _pitch(row)
         most = BLOCKS[bits] if columns == 1 else 2
         for blocks in range(most, 0, -1):
             stages = min(STAGES, (memory // blocks - _RESERVED - fixed) // stage)
@@ -75,16 +76,22 @@ class Shape:
         return None
 
 
+def row_bytes(quant: "QuantSpec", dim: int) -> int:
+    """Bytes of one token's K of one head."""
+    return 2 * dim if quant.bound is None else dim // quant.elements_per_item
+
+
 def _pitch(row: int) -> int:
-    """Bytes from one token's row to the next in shared memory: an odd multiple of 16."""
-    return (row // 16 | 1) * 16
+    """Bytes from one token's row to the next in shared memory: `kPitch` of kernels/paged/shared.cuh."""
+    pieces = row // 16
+    return row if pieces & (pieces - 1) == 0 else (pieces | 1) * 16
 
 
-def _shared_struct(dim: int, columns: int) -> int:
+def _shared_struct(dim: int, columns: int, row: int) -> int:
     """At least `kSharedBytes` of kernels/paged/shared.cuh, which asserts it."""
     rows = 8 * columns
     query = dim // 16 * columns * 32 * 8
-    pass_rows = 2 if dim > 128 else 4 if columns == 4 else 8
-    parts = max(WARPS * pass_rows * (dim + 4) * 4, 5 * GROUP * rows * 4)
-    fold = 4 * rows * dim + 6 * rows * 12 + 5 * rows * 4 + 8 * dim
-    return query + parts + fold + 8 * WARPS * STAGES + 8 * GROUP + 512
+    fold = 4 * rows * max(dim, 5 * GROUP) + (2 + WARPS) * rows * 12 + 5 * rows * 4 + 8 * dim
+    fixed = query + fold + 8 * WARPS * STAGES + 8 * GROUP + 320
+    alignment = max(128, row)
+    return -(-fixed // alignment) * alignment

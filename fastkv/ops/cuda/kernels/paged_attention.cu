@@ -2,7 +2,7 @@
 // Attention of new tokens over the pages of their requests: split over keys, merged in one launch.
 //
 // Grid: the blocks that are resident at once, or fewer; each finds its share from the lengths.
-// Block: 128 threads, 4 warps, each with kStages tiles of K and V of its own in shared memory.
+// Block: kWarps warps, each with kStages tiles of K and V of its own in shared memory.
 // Shared memory: Shared (shared.cuh), then the warps' stages.
 // Shapes: q [T, Hq, D], K and V [N, Hkv, P, D_storage] at any strides of 16 bytes, P a power of 2
 // and at least 16.
@@ -13,7 +13,8 @@
 #include "paged/tile.cuh"
 
 // Rows first .. first + rows - 1 of a chunk: this warp's state to shared memory.
-__device__ __forceinline__ void share_state(const WarpState& w, Shared& sh, int first, int rows) {
+__device__ __forceinline__ void share_state(const WarpState& w, Shared& sh, float* sums, int first,
+                                            int rows) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int c = first / 8;
 #pragma unroll
@@ -22,8 +23,9 @@ __device__ __forceinline__ void share_state(const WarpState& w, Shared& sh, int 
     const int row = 8 * c + 2 * t + i - first;
     if (row < 0 || row >= rows) continue;
     if (g == 0) sh.warp_row[warp][first + row] = state;
-    F::store(sh.warp_sum[warp][row], w.o[c], g, i);
+    F::store(sums + row * kSumPitch, w.o[c], g, i);
   }
+  if (lane == 0) sh.warp_sum[warp] = sums;
 }
 
 // The warps' states of a row, and a vector of it, to one.
@@ -42,21 +44,23 @@ __device__ __forceinline__ RowState join_warps(const Shared& sh, int at, int row
     float scale = weight(x[k].m, joined.m);
     joined.l = __fmaf_rn(x[k].l, scale, joined.l);
     if constexpr (kPagedScales) scale = weight(x[k].top, joined.top);
-    const float4 y = *reinterpret_cast<const float4*>(&sh.warp_sum[k][row][4 * vector]);
+    const float4 y = reinterpret_cast<const float4*>(sh.warp_sum[k] + row * kSumPitch)[vector];
     sum = {__fmaf_rn(y.x, scale, sum.x), __fmaf_rn(y.y, scale, sum.y),
            __fmaf_rn(y.z, scale, sum.z), __fmaf_rn(y.w, scale, sum.w)};
   }
   return joined;
 }
 
-// The chunk's states of the four warps, to one; folded into the group's, or to `to`.
-__device__ __forceinline__ void finish_chunk(const WarpState& w, Shared& sh, bool first, int& turn,
-                                             float* to) {
+// The chunk's states of the warps, to one; folded into the group's, or to `to`. `sums` is in the
+// warp's free stage.
+__device__ __forceinline__ void finish_chunk(const WarpState& w, Shared& sh, float* sums, bool first,
+                                             int& turn, float* to) {
+  __syncwarp();  // all lanes have read what the free stage held
 #pragma unroll
   for (int from = 0; from < kRows; from += kPassRows) {
     const int rows = min(sh.item.rows - from, kPassRows);
     if (rows <= 0) break;
-    share_state(w, sh, from, rows);
+    share_state(w, sh, sums, from, rows);
     __syncthreads();
     for (int i = threadIdx.x; i < rows * kVectors; i += kThreads) {
       const int row = i / kVectors, vector = i % kVectors, at = from + row;
@@ -123,14 +127,16 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
     const int group_end = min((group + 1) * kGroup, sh.item.chunks);
     const bool folds = group_begin == group * kGroup;
     float* to = folds ? nullptr : state_at(p, blockIdx.x, chunk - group_begin);
-    finish_chunk(w, sh, chunk == group_begin, turn, to);
+    const u32 room = stream.stage(stream.issued);
+    float* sums = reinterpret_cast<float*>(stages + (room - stream.stages));
+    finish_chunk(w, sh, sums, chunk == group_begin, turn, to);
     if (chunk + 1 < min(group_end, end)) continue;
     if (folds && chunk + 1 == group_end) {
       put_sum(p, sh, turn, group_target(p, sh, group));
-      finish_group(p, sh, group);
+      finish_group(p, sh, group, room);
     } else {
       if (folds) put_sum(p, sh, turn, state_at(p, blockIdx.x, kPrefixSlot));
-      finish_part(p, sh, group, chunk + 1 - group_begin);
+      finish_part(p, sh, group, chunk + 1 - group_begin, room);
     }
   }
   wait_copies<0>();
@@ -159,7 +165,7 @@ __device__ __forceinline__ void clear_rows(const Params& p, int begin, int end) 
 
 extern "C" __global__ void __launch_bounds__(kThreads, FASTKV_BLOCKS)
     paged_attention(const __grid_constant__ Params p) {
-  extern __shared__ __align__(128) u8 memory[];
+  extern __shared__ __align__(1024) u8 memory[];
   Shared& sh = *reinterpret_cast<Shared*>(memory);
   wait_for_previous_kernel();
   let_next_kernel_start();

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // e4m3 or int8 in the cache, multiplied as fp16, in which both are exact.
 //
+// A code c stands in a product as (c + kBias) / kUnit; `load_query` and `write_output` take the bias
+// for a part of the zero point, and scores and O are multiplied by the unit.
+//
 // ldmatrix moves bytes in pairs, so a lane gets four neighbouring elements of D of one token (K), or
 // two of each of two tokens (V, transposed). Which element of D stands where in a product is free,
 // as long as the other operand, or the result, knows: `q_dim` and `store`.
@@ -10,6 +13,8 @@
 // Four bytes to two fp16 pairs: (0, 1) and (2, 3).
 struct E4m3Expand {
   static constexpr bool kMayBeNotFinite = true;
+  static constexpr float kUnit = 1.f;
+  static constexpr float kBias = 0.f;
   static __device__ __forceinline__ void neighbours(u32& low, u32& high, u32 x) {
     low = e4m3_pair_to_fp16(u16(x));
     high = e4m3_pair_to_fp16(u16(x >> 16));
@@ -25,23 +30,21 @@ struct E4m3Expand {
   }
 };
 
-// int8 + 128 under the exponent of 1024 is 1024 + 128 + x in fp16; subtracting is exact.
+// int8 + 128 as the low byte of an fp16, a subnormal number: (x + 128) * 2^-24, exact, and no
+// arithmetic. The tensor core takes subnormal numbers as they are.
 struct Int8Expand {
   static constexpr bool kMayBeNotFinite = false;
-  static __device__ __forceinline__ u32 minus_bias(u32 x) {
-    u32 y;
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(0x64806480u));
-    return y;
-  }
+  static constexpr float kUnit = 16777216.f;
+  static constexpr float kBias = 128.f;
   static __device__ __forceinline__ void neighbours(u32& low, u32& high, u32 x) {
     x ^= 0x80808080u;
-    low = minus_bias(__byte_perm(x, 0x64646464u, 0x4140));
-    high = minus_bias(__byte_perm(x, 0x64646464u, 0x4342));
+    low = __byte_perm(x, 0, 0x4140);
+    high = __byte_perm(x, 0, 0x4342);
   }
   static __device__ __forceinline__ void alternate(u32& even, u32& odd, u32 x) {
     x ^= 0x80808080u;
-    even = minus_bias(__byte_perm(x, 0x64646464u, 0x4240));
-    odd = minus_bias(__byte_perm(x, 0x64646464u, 0x4341));
+    even = __byte_perm(x, 0, 0x4240);
+    odd = __byte_perm(x, 0, 0x4341);
   }
   static __device__ __forceinline__ bool not_finite(u32) { return false; }
 };
@@ -53,6 +56,8 @@ template <class Expand, int D> struct EightBit {
   static constexpr bool kMayBeNotFinite = Expand::kMayBeNotFinite;
   static constexpr int kLoads = D / 16;
   static constexpr int kSteps = 1;
+  static constexpr float kUnit = Expand::kUnit;
+  static constexpr float kBias = Expand::kBias;
 
   // A load is 16 bytes of each of the tile's 32 tokens.
   static constexpr int kLoadBytes = 16;
@@ -77,11 +82,12 @@ template <class Expand, int D> struct EightBit {
   static __device__ __forceinline__ int q_dim(int step, int t, int i) {
     return 16 * step + 4 * t + i;
   }
+  static __device__ __forceinline__ constexpr float q_unit(int) { return 1.f; }
   static __device__ __forceinline__ void store(float* to, const float (&o)[D / 16][4], int g,
                                                int i) {
 #pragma unroll
     for (int block = 0; block < D / 16; ++block) {
-      *reinterpret_cast<float2*>(to + 16 * block + 2 * g) = {o[block][i], o[block][i + 2]};
+      *reinterpret_cast<float2*>(to + 16 * block + 2 * g) = {o[block][i] * kUnit, o[block][i + 2] * kUnit};
     }
   }
   static __device__ __forceinline__ bool not_finite(u32 x) { return Expand::not_finite(x); }

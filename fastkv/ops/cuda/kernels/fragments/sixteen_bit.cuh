@@ -15,6 +15,8 @@ template <class T, int D> struct SixteenBit {
   // One load of a tile gives kSteps steps of 16 along D (K), or kSteps blocks of 16 along D (V).
   static constexpr int kLoads = D / 16;
   static constexpr int kSteps = 1;
+  static constexpr float kUnit = 1.f;  // see eight_bit.cuh
+  static constexpr float kBias = 0.f;
 
   // The lane's row and byte column within the tile, of load 0; a load is 32 bytes wide.
   static constexpr int kLoadBytes = 32;
@@ -35,6 +37,7 @@ template <class T, int D> struct SixteenBit {
   static __device__ __forceinline__ int q_dim(int step, int t, int i) {
     return 16 * step + 2 * t + (i & 1) + (i & 2) * 4;
   }
+  static __device__ __forceinline__ constexpr float q_unit(int) { return 1.f; }
 
   // Query row `i` of the lane's two, of O of one column of 8, to `to [D]`.
   static __device__ __forceinline__ void store(float* to, const float (&o)[D / 16][4], int g,

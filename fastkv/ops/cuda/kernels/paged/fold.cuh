@@ -65,18 +65,21 @@ __device__ __forceinline__ float* group_state(const Params& p, const Share& s, c
   return state_at(p, block, kEarlierGroups + (current ? p.max_groups : 0) + group);
 }
 
-// Whether this block is the last of those that add up to `total`; then their writes are visible.
+// Whether this block is the last of those that add up to `total`; then their writes are visible. The
+// barriers extend one thread's release and acquire to the block.
 __device__ __forceinline__ bool arrive(Shared& sh, u32* counter, u32 part, u32 total) {
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    const u32 before = atomicAdd(counter, part);
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(counter), "r"(part)
+                 : "memory");
     sh.scratch[0] = before + part == total;
     if (before + part == total) *counter = 0;  // for the next item, or the next launch
   }
   __syncthreads();
   const bool last = sh.scratch[0];
-  if (last) __threadfence();
   __syncthreads();
   return last;
 }
@@ -94,12 +97,13 @@ __device__ __forceinline__ void write_output(const Params& p, const Shared& sh, 
   const float lse2 = state.m + log2_fast(state.l);
   // Of the denominator, by keys and not by the sink.
   const float kept = 1.f / (1.f + exp2_fast(sh.sink[row] - lse2));
-  float x[4] = {sum.x * share, sum.y * share, sum.z * share, sum.w * share};
+  float x[4] = {__fmul_rn(sum.x, share), __fmul_rn(sum.y, share), __fmul_rn(sum.z, share),
+                __fmul_rn(sum.w, share)};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (kStaticScales) {
-      if constexpr (kZeroPoints) x[i] -= sh.value_zero[4 * vector + i];
-      x[i] *= sh.value_scale[4 * vector + i];
+      if constexpr (kShifts) x[i] -= kZeroPoints ? sh.value_zero[4 * vector + i] : F::kBias;
+      x[i] = __fmul_rn(x[i], sh.value_scale[4 * vector + i]);
     }
     x[i] = empty ? 0.f : x[i] * kept;
   }
@@ -127,7 +131,8 @@ __device__ __forceinline__ void scale_nodes(Shared& sh, int count) {
   NodeTable& table = sh.nodes;
   for (int i = threadIdx.x; i < kGroup * kRows; i += kThreads) {
     const int node = i % kGroup, row = i / kGroup;
-    const RowState x = node < count ? load_row(sh.node[node], row) : empty_row();
+    const bool there = node < count && row < sh.item.rows;
+    const RowState x = there ? load_row(sh.node[node], row) : empty_row();
     float m = x.m, top = x.top;
 #pragma unroll
     for (int k = 1; k < kGroup; k *= 2) {
@@ -149,40 +154,62 @@ __device__ __forceinline__ void scale_nodes(Shared& sh, int count) {
   __syncthreads();
 }
 
+// Copies of nodes' vectors, each lane's own, in its warp's free stage.
+struct NodeCopies {
+  static constexpr int kSlots = kStageBytes / 512 < kGroup ? kStageBytes / 512 : kGroup;
+  u32 room;
+
+  __device__ __forceinline__ explicit NodeCopies(u32 free_stage)
+      : room(free_stage + threadIdx.x % 32 * 16) {}
+
+  // Past L1, as other blocks wrote them; all in flight at once.
+  __device__ __forceinline__ void start(const Shared& sh, int base, int count, int at) const {
+#pragma unroll 4
+    for (int k = 0; k < min(count - base, kSlots); ++k) {
+      copy_async(room + 512 * k, sh.node[base + k] + at);
+    }
+    commit_copies();
+  }
+  __device__ __forceinline__ float4 operator[](int slot) const {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(room + 512 * slot));
+    return x;
+  }
+};
+
 // Fold the states at sh.node[0 .. count), in order, and put the result.
-__device__ __noinline__ void fold_nodes(const Params& p, Shared& sh, int count, float* to) {
-  // Loads in flight a thread; fewer where registers are short.
-  constexpr int kAtOnce = kColumns == 4 || FASTKV_BLOCKS > 2 ? 4 : 8;
+__device__ __noinline__ void fold_nodes(const Params& p, Shared& sh, int count, float* to,
+                                        u32 free_stage) {
+  const int vectors = sh.item.rows * kVectors;
+  const NodeCopies copies(free_stage);
   __syncthreads();
+  int row = threadIdx.x / kVectors, vector = threadIdx.x % kVectors;
+  if (threadIdx.x < vectors) copies.start(sh, 0, count, row * kD + 4 * vector);
   scale_nodes(sh, count);
   const NodeTable& table = sh.nodes;
-  for (int i = threadIdx.x; i < sh.item.rows * kVectors; i += kThreads) {
-    const int row = i / kVectors, at = row * kD + i % kVectors * 4;
+  for (int i = threadIdx.x; i < vectors; i += kThreads) {
+    row = i / kVectors, vector = i % kVectors;
     RowState state = sh.row[0][row];
     state.l = 0.f;
     float4 sum = {0.f, 0.f, 0.f, 0.f};
-    for (int base = 0; base < count; base += kAtOnce) {
-      float4 x[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (base + j < count) {
-          x[j] = __ldcg(reinterpret_cast<const float4*>(sh.node[base + j] + at));
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (base + j >= count) break;
-        const int k = base + j;
+    for (int base = 0; base < count; base += NodeCopies::kSlots) {
+      if (i >= kThreads || base > 0) copies.start(sh, base, count, row * kD + 4 * vector);
+      wait_copies<0>();
+#pragma unroll 4
+      for (int k = base; k < min(count, base + NodeCopies::kSlots); ++k) {
         const float before = table.old_l[k][row], next = table.new_l[k][row];
         state.l = fold_l(state.l, before, table.l[k][row], next);
+        const float4 x = copies[k - base];
         if constexpr (kPagedScales) {
-          sum = fold_sums(sum, table.old_sum[k][row], x[j], table.new_sum[k][row]);
+          sum = fold_sums(sum, table.old_sum[k][row], x, table.new_sum[k][row]);
         } else {
-          sum = fold_sums(sum, before, x[j], next);
+          sum = fold_sums(sum, before, x, next);
         }
       }
     }
-    put(p, sh, to, row, i % kVectors, sum, state);
+    put(p, sh, to, row, vector, sum, state);
   }
   __syncthreads();
 }
@@ -202,7 +229,8 @@ __device__ __forceinline__ float* group_target(const Params& p, const Shared& sh
 }
 
 // A group of several is where it belongs; the last one folds them all.
-__device__ __noinline__ void finish_group(const Params& p, Shared& sh, int group) {
+__device__ __noinline__ void finish_group(const Params& p, Shared& sh, int group,
+                                          u32 free_stage) {
   const Share& s = sh.share;
   const Item& item = sh.item;
   const int groups = ceil_div(item.chunks, kGroup);
@@ -215,11 +243,12 @@ __device__ __noinline__ void finish_group(const Params& p, Shared& sh, int group
     return;
   }
   if (threadIdx.x < groups) sh.node[threadIdx.x] = group_state(p, s, item, threadIdx.x);
-  fold_nodes(p, sh, groups, nullptr);
+  fold_nodes(p, sh, groups, nullptr, free_stage);
 }
 
 // This block's `part` chunks of a split group are in the workspace: the last block folds them.
-__device__ __noinline__ void finish_part(const Params& p, Shared& sh, int group, int part) {
+__device__ __noinline__ void finish_part(const Params& p, Shared& sh, int group, int part,
+                                         u32 free_stage) {
   const Share& s = sh.share;
   const Item& item = sh.item;
   const int first = group * kGroup, count = min(item.chunks - first, kGroup);
@@ -234,6 +263,6 @@ __device__ __noinline__ void finish_part(const Params& p, Shared& sh, int group,
     const int slot = threadIdx.x == 0 ? kPrefixSlot : int(chunk - max(s.start_of(block), at));
     sh.node[threadIdx.x] = state_at(p, block, slot);
   }
-  fold_nodes(p, sh, nodes, group_target(p, sh, group));
-  finish_group(p, sh, group);
+  fold_nodes(p, sh, nodes, group_target(p, sh, group), free_stage);
+  finish_group(p, sh, group, free_stage);
 }

@@ -46,7 +46,7 @@ using F = Codec::Fragments<FASTKV_D>;
 using Math = F::Math;
 
 constexpr int kD = FASTKV_D;
-constexpr int kWarps = 4;
+constexpr int kWarps = FASTKV_WARPS;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTile = 16 * F::kBlocks;      // tokens of a warp's tile
 constexpr int kStages = FASTKV_STAGES;      // tiles of K and V that a warp has in flight, plus one
@@ -58,6 +58,7 @@ constexpr bool kPagedScales = Codec::kScales == Scales::kPaged;
 constexpr bool kStaticScales = Codec::kScales == Scales::kStatic;
 constexpr bool kZeroPoints = Codec::kZeroPoint;
 constexpr bool kPerChannel = FASTKV_PER_CHANNEL;
+constexpr bool kShifts = kZeroPoints || F::kBias != 0.f;  // a code's product is not its own
 
 // The split of a request, from its length alone, so that its rows are the same in every batch.
 constexpr int kLeastChunk = FASTKV_LEAST_CHUNK;  // tokens, a multiple of 128

@@ -3,7 +3,8 @@
 //
 // s = scale * dequant * q (code - zp): a scale per channel is multiplied into q, in float32; one per
 // head, and softmax's own, become the row's factor. q, where the products are in fp16, is scaled by
-// a power of two to where fp16 is widest. The zero point gives a constant per row, of the rounded q.
+// a power of two to where fp16 is widest. The zero point, and the bias that codes have in a product,
+// give a constant per row, of the rounded q.
 #pragma once
 #include "paged/schedule.cuh"
 #include "paged/shared.cuh"
@@ -77,24 +78,31 @@ __device__ __forceinline__ void load_query(const Params& p, Shared& sh, int c) {
       for (int i = 0; i < 4; ++i) x[step][i] *= up;
     }
   }
+  // In this order, and unfused, in every specialization: a row's bits depend on it alone.
   float zero = 0.f;
 #pragma unroll
   for (int step = 0; step < kDimSteps; ++step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[step][i] *= F::q_unit(i);
     const uint2 b = make_uint2(pack2<Math>(x[step][0], x[step][1]),
                                pack2<Math>(x[step][2], x[step][3]));
     sh.q[step][c][lane] = b;
-    if constexpr (kZeroPoints) {
+    if constexpr (kShifts) {
       const float rounded[4] = {low_float(b.x, Math{}), high_float(b.x, Math{}),
                                 low_float(b.y, Math{}), high_float(b.y, Math{})};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        zero += rounded[i] * static_at(p.dequant.k_zp, item.head * kD + F::q_dim(step, t, i));
+        float point = F::kBias;
+        if constexpr (kZeroPoints) {
+          point += static_at(p.dequant.k_zp, item.head * kD + F::q_dim(step, t, i));
+        }
+        zero = __fmaf_rn(rounded[i] * (1.f / F::q_unit(i)), point, zero);
       }
     }
   }
   zero += __shfl_xor_sync(~0u, zero, 1);
   zero += __shfl_xor_sync(~0u, zero, 2);
-  if (t == 0) sh.factor[row] = factor, sh.shift[row] = -factor * zero;
+  if (t == 0) sh.factor[row] = factor * F::kUnit, sh.shift[row] = __fmul_rn(-factor, zero);
 }
 
 // What write_output needs, loaded while the first tiles are on their way.
@@ -108,7 +116,9 @@ __device__ __forceinline__ void load_output_parameters(const Params& p, Shared& 
     for (int d = threadIdx.x; d < kD; d += kThreads) {
       const int channel = item.head * kD + d;
       sh.value_scale[d] = static_at(p.dequant.v, kPerChannel ? channel : item.head);
-      if constexpr (kZeroPoints) sh.value_zero[d] = static_at(p.dequant.v_zp, channel);
+      if constexpr (kZeroPoints) {
+        sh.value_zero[d] = static_at(p.dequant.v_zp, channel) + F::kBias;
+      }
     }
   }
 }

@@ -55,36 +55,35 @@ __device__ __forceinline__ Request read_request(const Params& p, int b) {
   return r;
 }
 
-// Inclusive prefix sum over the block's threads.
-__device__ __forceinline__ u32 block_scan(u32 x, u32* scratch) {
+// Inclusive prefix sum over the warp's lanes.
+__device__ __forceinline__ u32 warp_scan(u32 x) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 1; i < 32; i *= 2) {
     const u32 y = __shfl_up_sync(~0u, x, i);
     if (lane >= i) x += y;
   }
-  if (lane == 31) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < int(threadIdx.x / 32)) x += scratch[w];
-  }
-  __syncthreads();
   return x;
 }
 
+// The launch's chunks over its blocks: `each` a block, and one more for the first `longer` ones.
 struct Share {
-  u32 total;   // chunks of the whole launch
-  u32 blocks;  // that have work
-  u32 start, end;
+  u32 each, longer;
+  u32 start, end;  // of this block
   u32 request_at;  // the first chunk of the current request
 
+  Share() = default;
+  __device__ __forceinline__ Share(u32 total, u32 blocks) : request_at(0) {
+    each = total / blocks, longer = total % blocks;
+    start = start_of(blockIdx.x), end = start_of(blockIdx.x + 1);
+  }
   __device__ __forceinline__ u32 start_of(u32 block) const {
-    return u32(u64(total) * block / blocks);
+    return block * each + min(block, longer);
   }
   // The block that chunk x falls to.
   __device__ __forceinline__ u32 owner(u32 x) const {
-    return u32(((u64(x) + 1) * blocks - 1) / total);
+    const u32 block = x / (each + 1);
+    return block < longer ? block : (x - longer) / each;
   }
 };
 

@@ -12,13 +12,40 @@ struct RowState {
 
 // States about to be folded: what scales the fold so far, and the state, of l and of O.
 struct NodeTable {
+  static constexpr int kSums = kPagedScales ? kGroup : 1;  // else O is scaled as l
   float l[kGroup][kRows];
   float old_l[kGroup][kRows], new_l[kGroup][kRows];
-  float old_sum[kGroup][kRows], new_sum[kGroup][kRows];
+  float old_sum[kSums][kRows], new_sum[kSums][kRows];
 };
 
-// Rows whose O the warps put together at once.
-constexpr int kPassRows = kD > 128 ? 2 : kColumns == 4 ? 4 : 8;
+// A tile in shared memory: rows of 16-byte pieces, one token each. ldmatrix reads a piece of each of
+// 8 rows, which must lie in different banks: where the pieces of a row are a power of two, they are
+// permuted by an XOR with the row; else rows are an odd number of pieces apart.
+constexpr int kPieces = F::kRowBytes / 16;
+static_assert(kPieces >= 2, "a row of one piece needs another permutation");
+constexpr bool kPermuted = (kPieces & (kPieces - 1)) == 0;
+constexpr int kPitch = kPermuted ? F::kRowBytes : (kPieces | 1) * 16;
+constexpr int kTileBytes = kTile * kPitch;
+constexpr int kStageBytes = 2 * kTileBytes;
+
+// What a row's piece numbers are XORed with.
+__device__ __forceinline__ constexpr u32 permutation(u32 row) {
+  if (!kPermuted) return 0;
+  return kPieces >= 8 ? row & 7 : row / (8 / kPieces) & (kPieces - 1);
+}
+
+// A lane's address in a tile, and the one `bytes` further along its row.
+__device__ __forceinline__ u32 fragment_address(u32 tile, u32 row, u32 bytes) {
+  return tile + row * kPitch + (bytes ^ permutation(row) * 16);
+}
+__device__ __forceinline__ u32 along(u32 address, u32 bytes) {
+  return kPermuted ? address ^ bytes : address + bytes;  // a tile begins at a multiple of a row
+}
+
+// When a chunk ends, the stage that a warp fills next is free: its O waits there for the other warps'.
+constexpr int kSumPitch = kD + 4;  // floats; stores of 8 lanes lie in different banks
+constexpr int kPassRows = kStageBytes >= 8 * 4 * kSumPitch ? 8 : 4;  // rows at once
+static_assert(kPassRows * 4 * kSumPitch <= kStageBytes, "O of a pass fits in a stage");
 
 struct Shared {
   // The block's share of the work and where it is in it: the same for all threads.
@@ -26,15 +53,16 @@ struct Shared {
   Request request;
   Item item;
   // Query fragments of each step: b0 and b1 of each lane.
-  uint2 q[kDimSteps][kColumns][32];
-  // One chunk, a state of each warp; O of kPassRows rows at a time.
+  alignas(16) uint2 q[kDimSteps][kColumns][32];
+  // One chunk: a state of each warp, O of kPassRows rows at a time.
   RowState warp_row[kWarps][kRows];
+  const float* warp_sum[kWarps];  // [kPassRows][kSumPitch] in the warp's free stage
+  // The running fold of a group; rows twice, read from one and written to the other. When states of
+  // several blocks are folded, it has been put where it belongs.
   union {
-    float warp_sum[kWarps][kPassRows][kD + 4];
+    alignas(16) float sum[kRows][kD];
     NodeTable nodes;
   };
-  // The running fold of a group; rows twice, read from one and written to the other.
-  float sum[kRows][kD];
   RowState row[2][kRows];
   int low[kRows], high[kRows];  // keys that a query row sees
   float factor[kRows], shift[kRows];          // from products to scores
@@ -43,17 +71,25 @@ struct Shared {
   float value_zero[kZeroPoints ? kD : 1];
   int stage_page[kWarps][kStages][2];
   const float* node[kGroup];
-  u32 scratch[8];
+  u32 scratch[2 * kWarps];
 };
 
-// Requests base .. base + kThreads - 1, one a thread: the chunks up to and with the thread's own.
-__device__ __forceinline__ u32 scan_requests(const Params& p, Shared& sh, int base, u32 before,
-                                             Request& r) {
+// Requests base .. base + kThreads - 1, one a thread: the chunks up to and with the thread's own, and
+// `total` brought to the end of them. Rounds alternate between halves of the scratch, so that one
+// barrier a round is enough.
+__device__ __forceinline__ u32 scan_requests(const Params& p, Shared& sh, int base, int round,
+                                             u32& total, Request& r) {
   r.work = 0;
   if (base + threadIdx.x < p.table.requests) r = read_request(p, base + threadIdx.x);
-  const u32 until = before + block_scan(r.work, sh.scratch);
-  if (threadIdx.x == kThreads - 1) sh.scratch[kWarps] = until;
+  u32* scratch = sh.scratch + round % 2 * kWarps;
+  u32 until = total + warp_scan(r.work);
+  if (threadIdx.x % 32 == 31) scratch[threadIdx.x / 32] = until - total;
   __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < int(threadIdx.x / 32)) until += scratch[w];
+    total += scratch[w];
+  }
   return until;
 }
 
@@ -61,36 +97,25 @@ __device__ __forceinline__ u32 scan_requests(const Params& p, Shared& sh, int ba
 // share begins. Up to kThreads requests are read once.
 __device__ __forceinline__ void find_share(const Params& p, Shared& sh) {
   Request r;
-  u32 until = 0, total = 0;
-  for (int base = 0; base < p.table.requests; base += kThreads) {
-    until = scan_requests(p, sh, base, total, r);
-    total = sh.scratch[kWarps];
-    __syncthreads();
+  u32 until = 0, total = 0, before = 0;
+  int round = 0;
+  for (int base = 0; base < p.table.requests; base += kThreads, ++round) {
+    until = scan_requests(p, sh, base, round, total, r);
   }
-  Share s;
-  s.total = total;
-  s.blocks = min(gridDim.x, total);
-  const bool works = blockIdx.x < s.blocks;
-  s.start = works ? s.start_of(blockIdx.x) : 0;
-  s.end = works ? s.start_of(blockIdx.x + 1) : 0;
-  if (threadIdx.x == 0) sh.share = s;
-  __syncthreads();
-  u32 before = 0;
-  for (int base = 0; base < p.table.requests; base += kThreads) {
-    if (p.table.requests > kThreads) until = scan_requests(p, sh, base, before, r);
+  Share s(total, gridDim.x);
+  if (s.start == s.end && threadIdx.x == 0) sh.share = s;
+  for (int base = 0; base < p.table.requests; base += kThreads, ++round) {
+    if (p.table.requests > kThreads) until = scan_requests(p, sh, base, round, before, r);
     if (until > s.start && until - r.work <= s.start) {
-      sh.request = r;
-      sh.share.request_at = until - r.work;
+      s.request_at = until - r.work;
+      sh.request = r, sh.share = s;
     }
-    if (__syncthreads_or(until > s.start)) break;
-    before = sh.scratch[kWarps];
-    __syncthreads();
   }
+  __syncthreads();
 }
 
-constexpr int kPitch = (F::kRowBytes / 16 | 1) * 16;  // odd multiples of 16 bytes: no bank conflict
-constexpr int kTileBytes = kTile * kPitch;
-constexpr int kStageBytes = 2 * kTileBytes;
-constexpr int kSharedBytes = (sizeof(Shared) + 127) / 128 * 128;
+// Stages begin at a multiple of a row.
+constexpr int kAlignment = F::kRowBytes > 128 ? F::kRowBytes : 128;
+constexpr int kSharedBytes = (sizeof(Shared) + kAlignment - 1) / kAlignment * kAlignment;
 static_assert(kSharedBytes + kWarps * kStages * kStageBytes <= FASTKV_SHARED_BYTES,
               "the launcher asks for less shared memory");

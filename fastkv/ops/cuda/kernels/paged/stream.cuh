@@ -9,7 +9,7 @@ struct Stream {
   const Params& p;
   Shared& sh;
   int request, head, warp, lane;
-  const u8 *k, *v;  // of the head
+  const u8 *k, *v;  // of the head, at the lane's place
   int low, high;
   int first;       // the warp's first tile
   int tiles;       // that it takes
@@ -22,8 +22,8 @@ struct Stream {
 
   __device__ __forceinline__ Stream(const Params& p, Shared& sh, int low, int high, u32 stages)
       : p(p), sh(sh), request(sh.request.index), head(sh.item.head), warp(threadIdx.x / 32),
-        lane(threadIdx.x % 32), k(p.k + head * p.k_strides.head),
-        v(p.v + head * p.v_strides.head), low(low), high(high), stages(stages) {
+        lane(threadIdx.x % 32), k(start_of(p.k, p.k_strides)), v(start_of(p.v, p.v_strides)),
+        low(low), high(high), stages(stages) {
     const int begin = low / kTile;
     first = begin + ((warp - begin) & (kWarps - 1));
     tiles = max(0, ceil_div(ceil_div(high, kTile) - first, kWarps));
@@ -72,37 +72,51 @@ struct Stream {
     commit_copies();
   }
 
+  static constexpr bool kEven = 32 % kPieces == 0;  // a lane's pieces share a column
+  static constexpr int kRowsAtOnce = kEven ? 32 / kPieces : 1;
+  static_assert(kTile * kPieces % 32 == 0, "every lane copies equally many pieces");
+
+  __device__ __forceinline__ static u32 slot_bytes(const SideStrides& strides) {
+    return FASTKV_SLOT_BYTES ? FASTKV_SLOT_BYTES : u32(strides.slot);
+  }
+
+  // The head's first page, or what is at the lane's own place in it.
+  __device__ __forceinline__ const u8* start_of(const u8* side, const SideStrides& strides) const {
+    side += head * strides.head;
+    if (!kEven) return side;
+    return side + u32(lane / kPieces) * slot_bytes(strides) + lane % kPieces * 16;
+  }
+
   // Strides are below 2^31 bytes (the launcher sees to it), so one wide multiplication each.
   template <bool kWhole>
   __device__ __forceinline__ void copy_tile(u32 to, const u8* side, const SideStrides& strides,
                                             const int (&page)[F::kBlocks], int at) const {
-    constexpr int kPieces = F::kRowBytes / 16;
-    constexpr bool kEven = 32 % kPieces == 0;  // a lane's pieces share a column
-    static_assert(kTile * kPieces % 32 == 0, "every lane copies equally many pieces");
-    const u32 slot_bytes = u32(strides.slot), last_slot = (1u << p.table.page_shift) - 1;
+    const u32 slot = slot_bytes(strides), last_slot = (1u << p.table.page_shift) - 1;
     const u8* block[F::kBlocks];
 #pragma unroll
     for (int i = 0; i < F::kBlocks; ++i) {
       block[i] = side + u64(u32(kWhole ? page[i] : max(page[i], 0))) * u32(strides.page);
-      const u32 slot = u32(at + 16 * i) & last_slot;
-      block[i] += u64(slot + (kEven ? lane / kPieces : 0)) * slot_bytes;
-      if constexpr (kEven) block[i] += lane % kPieces * 16;
+      block[i] += u64(u32(at + 16 * i) & last_slot) * slot;
     }
-    const u32 mine = to + (kEven ? lane / kPieces * kPitch + lane % kPieces * 16 : 0);
+    const int first = kEven ? lane / kPieces : 0;
+    const u32 mine =
+        to + (kEven ? first * kPitch + (lane % kPieces ^ permutation(first)) * 16 : 0);
 #pragma unroll
     for (int i = 0; i < kTile * kPieces / 32; ++i) {
-      const int piece = kEven ? 32 * i : lane + 32 * i, row = piece / kPieces;
+      const int piece = kEven ? 0 : lane + 32 * i;
+      const int row = kEven ? kRowsAtOnce * i : piece / kPieces;
       const int column = piece % kPieces * 16;
       // No index: arrays stay in registers only where each is known.
       const u8* from = F::kBlocks == 1 || row < 16 ? block[0] : block[F::kBlocks - 1];
-      from += (row & 15) * slot_bytes + column;
+      from += (row & 15) * slot + column;
       // Keeps the compiler from holding every row's offset in registers across tiles.
-      asm volatile("" : "+l"(from));
-      const u32 where = mine + row * kPitch + column;
+      if constexpr (FASTKV_SLOT_BYTES == 0) asm volatile("" : "+l"(from));
+      // The lane's first row and this one share no bit of the permutation, so it splits too.
+      const u32 where = (kEven ? mine ^ permutation(row) * 16 : mine + column) + row * kPitch;
       if constexpr (kWhole) {
         copy_async(where, from);
       } else {
-        const int key = at + row + (kEven ? lane / kPieces : 0);
+        const int key = at + row + first;
         const int id = F::kBlocks == 1 || row < 16 ? page[0] : page[F::kBlocks - 1];
         const bool there = key >= low && key < high && id >= 0;
         copy_async(where, there ? from : side, there ? 16 : 0);

@@ -76,11 +76,11 @@ using Scores = float[F::kBlocks][kColumns][4];
 
 __device__ __forceinline__ void multiply_keys(Scores& s, const Query& query, u32 k_tile) {
   const int lane = threadIdx.x % 32;
-  const u32 from = k_tile + F::k_row(lane) * kPitch + F::k_byte(lane);
+  const u32 from = fragment_address(k_tile, F::k_row(lane), F::k_byte(lane));
 #pragma unroll
   for (int i = 0; i < F::kLoads; ++i) {
     u32 r[4], a[F::kSteps][F::kBlocks][4];
-    load_matrices(r, from + i * F::kLoadBytes);
+    load_matrices(r, along(from, i * F::kLoadBytes));
     F::k(a, r);
 #pragma unroll
     for (int step = 0; step < F::kSteps; ++step) {
@@ -100,11 +100,11 @@ using Weights = u32[F::kBlocks][kColumns][2];
 
 __device__ __forceinline__ void add_values(WarpState& w, const Weights& b, u32 v_tile) {
   const int lane = threadIdx.x % 32;
-  const u32 from = v_tile + F::v_row(lane) * kPitch + F::v_byte(lane);
+  const u32 from = fragment_address(v_tile, F::v_row(lane), F::v_byte(lane));
 #pragma unroll
   for (int i = 0; i < F::kLoads; ++i) {
     u32 r[4], a[F::kSteps][F::kBlocks][4];
-    load_matrices_transposed(r, from + i * F::kLoadBytes);
+    load_matrices_transposed(r, along(from, i * F::kLoadBytes));
     F::v(a, r);
 #pragma unroll
     for (int step = 0; step < F::kSteps; ++step) {
@@ -124,7 +124,7 @@ __device__ __forceinline__ void add_values(WarpState& w, const Weights& b, u32 v
 __device__ __forceinline__ void add_values_by_row(WarpState& w, const Weights& b, u32 v_tile,
                                                const Shared& sh, int token) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const u32 from = v_tile + F::v_row(lane) * kPitch + F::v_byte(lane);
+  const u32 from = fragment_address(v_tile, F::v_row(lane), F::v_byte(lane));
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
 #pragma unroll 1
@@ -133,7 +133,7 @@ __device__ __forceinline__ void add_values_by_row(WarpState& w, const Weights& b
 #pragma unroll
       for (int i = 0; i < F::kLoads; ++i) {
         u32 r[4], a[F::kSteps][F::kBlocks][4];
-        load_matrices_transposed(r, from + i * F::kLoadBytes);
+        load_matrices_transposed(r, along(from, i * F::kLoadBytes));
         F::v(a, r);
 #pragma unroll
         for (int step = 0; step < F::kSteps; ++step) {
@@ -196,8 +196,9 @@ __device__ __forceinline__ void cap_scores(Scores& s, float cap) {
     for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float grown = exp2_fast(2.f * kLog2e * s[block][c][i]);
-        s[block][c][i] = cap * kLog2e * (1.f - __fdividef(2.f, 1.f + grown));
+        const float grown = exp2_fast(__fmul_rn(2.f * kLog2e, s[block][c][i]));
+        const float tanh = __fadd_rn(1.f, -__fdividef(2.f, __fadd_rn(1.f, grown)));
+        s[block][c][i] = __fmul_rn(cap * kLog2e, tanh);
       }
     }
   }
@@ -240,8 +241,9 @@ __device__ __forceinline__ void finish_scores(Scores& s, const Params& p, const 
       for (int i = 0; i < 2; ++i) {
         float& x = s[j / 2][c][j % 2 * 2 + i];
         const float scale = i == 0 ? factor.x : factor.y;
-        x = kZeroPoints ? __fmaf_rn(x, scale, i == 0 ? shift.x : shift.y) : x * scale;
-        if constexpr (kPagedScales) x *= per_key[j];
+        const float by = i == 0 ? shift.x : shift.y;
+        x = kShifts ? __fmaf_rn(x, scale, by) : __fmul_rn(x, scale);
+        if constexpr (kPagedScales) x = __fmul_rn(x, per_key[j]);
       }
     }
   }
@@ -272,7 +274,7 @@ __device__ __forceinline__ void soften_scaled(WarpState& w, Scores& s, int c) {
     for (int i = 0; i < 4; ++i) {
       float& x = s[block][c][i];
       const float base = w.top[c][i & 1];
-      x = exp2_fast(x - (base == MINUS_INFINITY ? 0.f : base));
+      x = exp2_fast(__fadd_rn(x, base == MINUS_INFINITY ? 0.f : -base));
     }
   }
 }
@@ -321,10 +323,10 @@ __device__ __forceinline__ void soften(WarpState& w, Scores& s, Weights& b, floa
         for (int half = 0; half < 2; ++half) {
           float& x = s[block][c][2 * half + i];
           if constexpr (kPagedScales) {
-            w.l[c][i] += exp2_fast(x - base);
-            x = x == MINUS_INFINITY ? x : x + per_key[block][half];
+            w.l[c][i] += exp2_fast(__fadd_rn(x, -base));
+            x = x == MINUS_INFINITY ? x : __fadd_rn(x, per_key[block][half]);
           } else {
-            x = exp2_fast(x - base);
+            x = exp2_fast(__fadd_rn(x, -base));
           }
         }
       }
