@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastkv.ops.cuda import faults, jit, serve, tensors
 from fastkv.ops.cuda.launch import FLOAT, INT32, INT64, POINTER, completed, kernel
-from fastkv.ops.cuda.paged_shape import GROUP, LEAST_CHUNK, SPLIT, THREADS, WARPS, Shape, row_bytes
+from fastkv.ops.cuda.paged_shape import GROUP, LEAST_CHUNK, SPLIT, THREADS, TILE, WARPS, Shape, row_bytes
 from fastkv.ops.cuda.workspace import workspace
 from fastkv.quant import quant_spec
 
@@ -115,6 +115,7 @@ def _defines(q: str, dim: int, shape: Shape, slot: int) -> dict[str, object]:
         "least_chunk": LEAST_CHUNK,
         "split": SPLIT,
         "warps": WARPS,
+        "eight": TILE[8] // 16,
         "slot_bytes": slot,
     }
 

@@ -20,6 +20,8 @@ LEAST_CHUNK = 512
 SPLIT = 256
 # Blocks a multiprocessor, at most, by bits of an element; fewer where two stages do not fit.
 BLOCKS = {16: 2, 8: 2, 4: 3}
+TILE = {16: 16, 8: 32, 4: 32}
+MANY = 2
 # Stages at most: about 48 KiB a multiprocessor must be in flight.
 STAGES = 4
 # Bytes of shared memory that the driver takes of each block.
@@ -67,8 +69,8 @@ class Shape:
         row = row_bytes(quant, dim)
         bits = 8 * row // dim
         fixed = _shared_struct(dim, columns, row)
-        stage = WARPS * 2 * (16 if bits == 16 else 32) * _pitch(row)
-        most = BLOCKS[bits] if columns == 1 else 2
+        stage = WARPS * 2 * TILE[bits] * _pitch(row)
+        most = BLOCKS[bits] if columns == 1 else MANY
         for blocks in range(most, 0, -1):
             stages = min(STAGES, (memory // blocks - _RESERVED - fixed) // stage)
             if stages >= 2:

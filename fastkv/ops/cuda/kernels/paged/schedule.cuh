@@ -68,17 +68,26 @@ __device__ __forceinline__ u32 warp_scan(u32 x) {
 
 // The launch's chunks over its blocks: `each` a block, and one more for the first `longer` ones.
 struct Share {
-  u32 each, longer;
+  u32 total, each, longer;
   u32 start, end;  // of this block
   u32 request_at;  // the first chunk of the current request
 
   Share() = default;
-  __device__ __forceinline__ Share(u32 total, u32 blocks) : request_at(0) {
+  __device__ __forceinline__ Share(u32 total, u32 blocks) : total(total), request_at(0) {
     each = total / blocks, longer = total % blocks;
+    const u32 most = each + (longer != 0);
+    // Multiples of a power of two, so that items fall to few blocks, or whole ones to one, where
+    // that leaves at most a sixteenth of the blocks without work.
+    for (u32 unit = kGroup; unit > 1; unit /= 2) {
+      const u32 even = (most + unit - 1) / unit * unit;
+      if (total + even <= even * (blocks - blocks / 16)) continue;
+      each = even, longer = 0;
+      break;
+    }
     start = start_of(blockIdx.x), end = start_of(blockIdx.x + 1);
   }
   __device__ __forceinline__ u32 start_of(u32 block) const {
-    return block * each + min(block, longer);
+    return min(block * each + min(block, longer), total);
   }
   // The block that chunk x falls to.
   __device__ __forceinline__ u32 owner(u32 x) const {
@@ -87,12 +96,17 @@ struct Share {
   }
 };
 
-// The chunk `at`: its item, `r` stepped to its request.
-__device__ __forceinline__ Item find_item(const Params& p, Share& s, Request& r, u32 at) {
+// `r` stepped to the request of chunk `at`.
+__device__ __forceinline__ void step_to(const Params& p, Share& s, Request& r, u32 at) {
   while (at >= s.request_at + r.work) {
     s.request_at += r.work;
     r = read_request(p, r.index + 1);
   }
+}
+
+// The chunk `at`: its item, `r` stepped to its request.
+__device__ __forceinline__ Item find_item(const Params& p, Share& s, Request& r, u32 at) {
+  step_to(p, s, r, at);
   const u32 place = (at - s.request_at) / r.chunks;
   Item item;
   item.head = place % p.kv_heads;

@@ -71,45 +71,35 @@ struct Shared {
   float value_zero[kZeroPoints ? kD : 1];
   int stage_page[kWarps][kStages][2];
   const float* node[kGroup];
-  u32 scratch[2 * kWarps];
+  u32 scratch[kWarps];
 };
 
-// Requests base .. base + kThreads - 1, one a thread: the chunks up to and with the thread's own, and
-// `total` brought to the end of them. Rounds alternate between halves of the scratch, so that one
-// barrier a round is enough.
-__device__ __forceinline__ u32 scan_requests(const Params& p, Shared& sh, int base, int round,
-                                             u32& total, Request& r) {
-  r.work = 0;
-  if (base + threadIdx.x < p.table.requests) r = read_request(p, base + threadIdx.x);
-  u32* scratch = sh.scratch + round % 2 * kWarps;
-  u32 until = total + warp_scan(r.work);
-  if (threadIdx.x % 32 == 31) scratch[threadIdx.x / 32] = until - total;
+// The block's share of the launch, from all requests' lengths: as many consecutive requests a thread
+// as it takes, one scan over the threads, and one of them finds where the share begins.
+__device__ __forceinline__ void find_share(const Params& p, Shared& sh) {
+  const int each = ceil_div(p.table.requests, kThreads), first = int(threadIdx.x) * each;
+  Request r;
+  u32 mine = 0;
+  for (int i = first; i < min(first + each, p.table.requests); ++i) {
+    r = read_request(p, i);
+    mine += r.work;
+  }
+  u32 until = warp_scan(mine), total = 0;
+  if (threadIdx.x % 32 == 31) sh.scratch[threadIdx.x / 32] = until;
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
-    if (w < int(threadIdx.x / 32)) until += scratch[w];
-    total += scratch[w];
-  }
-  return until;
-}
-
-// The block's share of the launch, from all requests' lengths: first all work, then where the
-// share begins. Up to kThreads requests are read once.
-__device__ __forceinline__ void find_share(const Params& p, Shared& sh) {
-  Request r;
-  u32 until = 0, total = 0, before = 0;
-  int round = 0;
-  for (int base = 0; base < p.table.requests; base += kThreads, ++round) {
-    until = scan_requests(p, sh, base, round, total, r);
+    if (w < int(threadIdx.x / 32)) until += sh.scratch[w];
+    total += sh.scratch[w];
   }
   Share s(total, gridDim.x);
-  if (s.start == s.end && threadIdx.x == 0) sh.share = s;
-  for (int base = 0; base < p.table.requests; base += kThreads, ++round) {
-    if (p.table.requests > kThreads) until = scan_requests(p, sh, base, round, before, r);
-    if (until > s.start && until - r.work <= s.start) {
-      s.request_at = until - r.work;
-      sh.request = r, sh.share = s;
-    }
+  if (s.start == s.end) {
+    if (threadIdx.x == 0) sh.share = s;
+  } else if (until > s.start && until - mine <= s.start) {
+    s.request_at = until - mine;
+    if (each > 1) r = read_request(p, first);
+    step_to(p, s, r, s.start);
+    sh.request = r, sh.share = s;
   }
   __syncthreads();
 }
