@@ -93,7 +93,7 @@ def _shared_struct(dim: int, columns: int, row: int) -> int:
     """At least `kSharedBytes` of kernels/paged/shared.cuh, which asserts it."""
     rows = 8 * columns
     query = dim // 16 * columns * 32 * 8
-    fold = 4 * rows * max(dim, 5 * GROUP) + (2 + WARPS) * rows * 12 + 5 * rows * 4 + 8 * dim
+    fold = 4 * rows * max(dim, 5 * GROUP) + (2 + WARPS) * rows * 12 + 5 * rows * 4 + 16 * dim
     fixed = query + fold + 8 * WARPS * STAGES + 8 * GROUP + 320
     alignment = max(128, row)
     return -(-fixed // alignment) * alignment

@@ -88,6 +88,7 @@ __device__ __forceinline__ void finish_chunk(const WarpState& w, Shared& sh, flo
 
 // Chunks [begin, end) of the item: this block's share of it.
 __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, int end) {
+  fetch_query(p, sh);
   const Bounds see = find_bounds(p, sh);
   const int chunk_tokens = sh.request.chunk, first = sh.request.chunk_first;
   const int low = max(see.low, (first + begin) * chunk_tokens);
@@ -95,10 +96,14 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
   u8* stages = reinterpret_cast<u8*>(&sh) + kSharedBytes;
   stages += threadIdx.x / 32 * (kStages * kStageBytes);
   Stream stream(p, sh, low, high, shared_address(stages));
-#pragma unroll
+  ItemParameters parameters;
+  parameters.load(p, sh);
+#pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) stream.issue();
+  parameters.store(sh);
+  wait_copies<kStages - 1>();
+  __syncthreads();
   for (int c = threadIdx.x / 32; c < kColumns; c += kWarps) load_query(p, sh, c);
-  load_output_parameters(p, sh);
   __syncthreads();
   const Query query(sh);
 
@@ -111,6 +116,7 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
   WarpState w;
   for (int chunk = begin; chunk < end; ++chunk) {
     w.clear();
+    if (chunk + 1 == end) prefetch_next_item(p, sh);
     const int stop = (first + chunk + 1) * chunk_tokens;
     for (; tile < stream.tiles && stream.token(tile) < stop; ++tile) {
       stream.wait();

@@ -48,13 +48,14 @@ __device__ __forceinline__ float* state_at(const Params& p, u32 block, int slot)
 
 __device__ __forceinline__ void store_row(float* state, int row, const RowState& x) {
   float* rows = state + kRows * kD + row;
-  rows[0] = x.m, rows[kRows] = x.l, rows[2 * kRows] = x.top;
+  rows[0] = x.m, rows[kRows] = x.l;
+  if constexpr (kPagedScales) rows[2 * kRows] = x.top;
 }
 
 // Other blocks wrote it: past L1, which is not coherent.
 __device__ __forceinline__ RowState load_row(const float* state, int row) {
   const float* rows = state + kRows * kD + row;
-  return {__ldcg(rows), __ldcg(rows + kRows), __ldcg(rows + 2 * kRows)};
+  return {__ldcg(rows), __ldcg(rows + kRows), kPagedScales ? __ldcg(rows + 2 * kRows) : 0.f};
 }
 
 // Where the state of a group lies: with the block that its first chunk falls to.
@@ -67,21 +68,23 @@ __device__ __forceinline__ float* group_state(const Params& p, const Share& s, c
 
 // Whether this block is the last of those that add up to `total`; then their writes are visible. The
 // barriers extend one thread's release and acquire to the block.
-__device__ __forceinline__ bool arrive(Shared& sh, u32* counter, u32 part, u32 total) {
+// Meanwhile another warp calls `find_node(i)` for each i, as the last block will need sh.node.
+template <class FindNode>
+__device__ __forceinline__ bool arrive(Shared& sh, u32* counter, u32 part, u32 total,
+                                       const FindNode& find_node) {
   __syncthreads();
+  if (threadIdx.x >= 32 && threadIdx.x < 32 + kGroup) find_node(int(threadIdx.x) - 32);
   if (threadIdx.x == 0) {
     u32 before;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
                  : "=r"(before)
                  : "l"(counter), "r"(part)
                  : "memory");
-    sh.scratch[0] = before + part == total;
+    sh.arrived_last = before + part == total;
     if (before + part == total) *counter = 0;  // for the next item, or the next launch
   }
   __syncthreads();
-  const bool last = sh.scratch[0];
-  __syncthreads();
-  return last;
+  return sh.arrived_last;  // written again after another barrier
 }
 
 // A finished row of the output. V's scale and zero point enter here, once:
@@ -92,11 +95,11 @@ __device__ __forceinline__ void write_output(const Params& p, const Shared& sh, 
   const int at = item.row + row, token = sh.request.first + at / p.group;
   const int head = item.head * p.group + at % p.group;
   const bool empty = state.l == 0.f;  // NaN is not empty
-  float share = empty ? 0.f : 1.f / state.l;
+  float share = empty ? 0.f : reciprocal(state.l);
   if constexpr (kPagedScales) share = empty ? 0.f : share * exp2_fast(state.top - state.m);
   const float lse2 = state.m + log2_fast(state.l);
   // Of the denominator, by keys and not by the sink.
-  const float kept = 1.f / (1.f + exp2_fast(sh.sink[row] - lse2));
+  const float kept = reciprocal(__fadd_rn(1.f, exp2_fast(__fadd_rn(sh.sink[row], -lse2))));
   float x[4] = {__fmul_rn(sum.x, share), __fmul_rn(sum.y, share), __fmul_rn(sum.z, share),
                 __fmul_rn(sum.w, share)};
 #pragma unroll
@@ -136,17 +139,21 @@ __device__ __forceinline__ void scale_nodes(Shared& sh, int count) {
     float m = x.m, top = x.top;
 #pragma unroll
     for (int k = 1; k < kGroup; k *= 2) {
-      const float m_left = __shfl_up_sync(~0u, m, k, kGroup);
-      const float top_left = __shfl_up_sync(~0u, top, k, kGroup);
-      if (node >= k) m = fmaxf(m, m_left), top = fmaxf(top, top_left);
+      const float left = __shfl_up_sync(~0u, m, k, kGroup);
+      if (node >= k) m = fmaxf(m, left);
     }
-    float m_before = __shfl_up_sync(~0u, m, 1, kGroup);
-    float top_before = __shfl_up_sync(~0u, top, 1, kGroup);
-    if (node == 0) m_before = top_before = MINUS_INFINITY;
+    const float m_before = __shfl_up_sync(~0u, m, 1, kGroup);
     table.l[node][row] = x.l;
-    table.old_l[node][row] = weight(m_before, m), table.new_l[node][row] = weight(x.m, m);
+    table.old_l[node][row] = node == 0 ? 0.f : weight(m_before, m);
+    table.new_l[node][row] = weight(x.m, m);
     if constexpr (kPagedScales) {
-      table.old_sum[node][row] = weight(top_before, top);
+#pragma unroll
+      for (int k = 1; k < kGroup; k *= 2) {
+        const float left = __shfl_up_sync(~0u, top, k, kGroup);
+        if (node >= k) top = fmaxf(top, left);
+      }
+      const float top_before = __shfl_up_sync(~0u, top, 1, kGroup);
+      table.old_sum[node][row] = node == 0 ? 0.f : weight(top_before, top);
       table.new_sum[node][row] = weight(x.top, top);
     }
     if (node == kGroup - 1) sh.row[0][row].m = m, sh.row[0][row].top = top;
@@ -184,7 +191,6 @@ __device__ __noinline__ void fold_nodes(const Params& p, Shared& sh, int count, 
                                         u32 free_stage) {
   const int vectors = sh.item.rows * kVectors;
   const NodeCopies copies(free_stage);
-  __syncthreads();
   int row = threadIdx.x / kVectors, vector = threadIdx.x % kVectors;
   if (threadIdx.x < vectors) copies.start(sh, 0, count, row * kD + 4 * vector);
   scale_nodes(sh, count);
@@ -237,12 +243,16 @@ __device__ __noinline__ void finish_group(const Params& p, Shared& sh, int group
   if (groups == 1) return;
   // An item of this block alone needs no counter; its counter may serve the next item by now.
   const bool alone = item.at >= s.start && item.at + item.chunks <= s.end;
-  if (alone) __syncthreads();
-  if (alone ? group < groups - 1
-            : !arrive(sh, p.counters + 2 * s.owner(item.at) + 1, 1, groups)) {
+  const auto find_node = [&](int i) {
+    if (i < groups) sh.node[i] = group_state(p, s, item, i);
+  };
+  if (alone) {
+    if (group < groups - 1) return;
+    if (threadIdx.x < kGroup) find_node(threadIdx.x);
+    __syncthreads();
+  } else if (!arrive(sh, p.counters + 2 * s.owner(item.at) + 1, 1, groups, find_node)) {
     return;
   }
-  if (threadIdx.x < groups) sh.node[threadIdx.x] = group_state(p, s, item, threadIdx.x);
   fold_nodes(p, sh, groups, nullptr, free_stage);
 }
 
@@ -253,16 +263,16 @@ __device__ __noinline__ void finish_part(const Params& p, Shared& sh, int group,
   const Item& item = sh.item;
   const int first = group * kGroup, count = min(item.chunks - first, kGroup);
   const u32 at = item.at + first, owner = s.owner(at);
-  if (!arrive(sh, p.counters + 2 * owner, part, count)) return;
   // The owner's chunks are folded to one state; the others' lie one by one.
   const int folded = int(min(s.start_of(owner + 1) - at, u32(count)));
   const int nodes = 1 + count - folded;
-  if (threadIdx.x < nodes) {
-    const u32 chunk = at + folded + threadIdx.x - 1;
-    const u32 block = threadIdx.x == 0 ? owner : s.owner(chunk);
-    const int slot = threadIdx.x == 0 ? kPrefixSlot : int(chunk - max(s.start_of(block), at));
-    sh.node[threadIdx.x] = state_at(p, block, slot);
-  }
+  const auto find_node = [&](int i) {
+    if (i >= nodes) return;
+    const u32 chunk = at + folded + i - 1, block = i == 0 ? owner : s.owner(chunk);
+    const int slot = i == 0 ? kPrefixSlot : int(chunk - max(s.start_of(block), at));
+    sh.node[i] = state_at(p, block, slot);
+  };
+  if (!arrive(sh, p.counters + 2 * owner, part, count, find_node)) return;
   fold_nodes(p, sh, nodes, group_target(p, sh, group), free_stage);
   finish_group(p, sh, group, free_stage);
 }

@@ -58,6 +58,7 @@ constexpr bool kPagedScales = Codec::kScales == Scales::kPaged;
 constexpr bool kStaticScales = Codec::kScales == Scales::kStatic;
 constexpr bool kZeroPoints = Codec::kZeroPoint;
 constexpr bool kPerChannel = FASTKV_PER_CHANNEL;
+constexpr bool kKeyChannels = kStaticScales && kPerChannel;
 constexpr bool kShifts = kZeroPoints || F::kBias != 0.f;  // a code's product is not its own
 
 // The split of a request, from its length alone, so that its rows are the same in every batch.

@@ -7,6 +7,7 @@
 // give a constant per row, of the rounded q.
 #pragma once
 #include "paged/schedule.cuh"
+#include "common/tensor_core.cuh"
 #include "paged/shared.cuh"
 
 struct Bounds {
@@ -42,29 +43,106 @@ __device__ __forceinline__ Bounds find_bounds(const Params& p, Shared& sh) {
   return all;
 }
 
-// Column c of 8 rows, by one warp.
-__device__ __forceinline__ void load_query(const Params& p, Shared& sh, int c) {
+// Start the copy of the item's rows of q to shared memory, ahead of the tiles: behind them it would
+// wait for all that is in flight.
+__device__ __forceinline__ void fetch_query(const Params& p, Shared& sh) {
+  constexpr int kElements = 16 / sizeof(FASTKV_Q), kVectorsOfRow = kD / kElements;
+  const Item& item = sh.item;
+  for (int i = threadIdx.x; i < item.rows * kVectorsOfRow; i += kThreads) {
+    const int row = i / kVectorsOfRow, at = item.row + row, d = i % kVectorsOfRow * kElements;
+    const FASTKV_Q* from = p.q + (sh.request.first + at / p.group) * p.q_token +
+                           (item.head * p.group + at % p.group) * p.q_head + d;
+    copy_async(shared_address(&sh.query[row][d]), from);
+  }
+  commit_copies();
+}
+
+// Bring to L2 what the start of the block's next item waits for: by then the tiles of this one would
+// have driven it out.
+__device__ __forceinline__ void prefetch_next_item(const Params& p, const Shared& sh) {
   const Request& r = sh.request;
+  const u32 next = sh.item.at + sh.item.chunks;
+  if (threadIdx.x >= 32 || next >= sh.share.end) return;
+  const bool same = next < sh.share.request_at + r.work;
+  const int lane = threadIdx.x, request = r.index + (same ? 0 : 1);
+  const void* at = nullptr;
+  if (lane < 8) {  // the first lines of the table's row
+    const TableShape& table = p.table;
+    if (32 * lane < table.columns) {
+      at = p.block_table + request * table.row + 32 * lane * table.column;
+    }
+  } else if (lane == 8) {
+    at = p.cu_seqlens_q + request + 1;
+  } else if (lane == 9) {
+    at = p.cache_seqlens + request;
+  } else if (lane >= 16) {  // and of q's rows
+    const int token = same ? r.first : r.first + r.rows / p.group, row = (lane - 16) / 2;
+    const int head = (same ? sh.item.head + 1 : 0) % p.kv_heads * p.group + row;
+    if (token < p.tokens && row < p.group) {
+      at = p.q + token * p.q_token + head * p.q_head + lane % 2 * (kD / 2);
+    }
+  }
+  if (at != nullptr) asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
+// What else the item needs from global memory: loaded in front of the tiles, stored behind them.
+struct ItemParameters {
+  static constexpr int kEach = (kD + kThreads - 1) / kThreads;  // channels of a thread
+  float sink, value_scale[kEach], value_zero[kEach], key_scale[kEach], key_zero[kEach];
+
+  __device__ __forceinline__ void load(const Params& p, const Shared& sh) {
+    const Item& item = sh.item;
+    const int row = threadIdx.x;
+    sink = MINUS_INFINITY;
+    if (p.sinks != nullptr && row < item.rows) {
+      sink = p.sinks[item.head * p.group + (item.row + row) % p.group] * kLog2e;
+    }
+    if constexpr (kStaticScales) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int d = threadIdx.x + i * kThreads, channel = item.head * kD + d;
+        if (d >= kD) break;
+        value_scale[i] = static_at(p.dequant.v, kPerChannel ? channel : item.head);
+        key_scale[i] = static_at(p.dequant.k, kPerChannel ? channel : item.head);
+        if constexpr (kZeroPoints) {
+          value_zero[i] = static_at(p.dequant.v_zp, channel) + F::kBias;
+          key_zero[i] = static_at(p.dequant.k_zp, channel) + F::kBias;
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ void store(Shared& sh) const {
+    if (threadIdx.x < kRows) sh.sink[threadIdx.x] = sink;
+    if constexpr (kStaticScales) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int d = threadIdx.x + i * kThreads;
+        if (d >= kD) break;
+        sh.value_scale[d] = value_scale[i];
+        if (kPerChannel || d == 0) sh.key_scale[d] = key_scale[i];
+        if constexpr (kZeroPoints) sh.value_zero[d] = value_zero[i], sh.key_zero[d] = key_zero[i];
+      }
+    }
+  }
+};
+
+// Fragments of column c of 8 rows, by one warp, from the rows in shared memory.
+__device__ __forceinline__ void load_query(const Params& p, Shared& sh, int c) {
   const Item& item = sh.item;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = 8 * c + g;
-  const int at = item.row + row;
-  const FASTKV_Q* q = p.q + (r.first + at / p.group) * p.q_token +
-                      (item.head * p.group + at % p.group) * p.q_head;
   float x[kDimSteps][4], most = 0.f;
 #pragma unroll
   for (int step = 0; step < kDimSteps; ++step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int d = F::q_dim(step, t, i);
-      x[step][i] = row < item.rows ? to_float(q[d]) : 0.f;
-      if constexpr (kStaticScales && kPerChannel) {
-        x[step][i] *= static_at(p.dequant.k, item.head * kD + d);
-      }
+      x[step][i] = row < item.rows ? to_float(sh.query[row][d]) : 0.f;
+      if constexpr (kKeyChannels) x[step][i] *= sh.key_scale[d];
       most = fmaxf(most, fabsf(x[step][i]));
     }
   }
   float factor = p.soft_cap != 0.f ? p.scale / p.soft_cap : p.scale * kLog2e;
-  if constexpr (kStaticScales && !kPerChannel) factor *= static_at(p.dequant.k, item.head);
+  if constexpr (kStaticScales && !kPerChannel) factor *= sh.key_scale[0];
   if constexpr (Math::kExponent == 0x7c00u) {
     most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
     most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
@@ -93,9 +171,7 @@ __device__ __forceinline__ void load_query(const Params& p, Shared& sh, int c) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float point = F::kBias;
-        if constexpr (kZeroPoints) {
-          point += static_at(p.dequant.k_zp, item.head * kD + F::q_dim(step, t, i));
-        }
+        if constexpr (kZeroPoints) point = sh.key_zero[F::q_dim(step, t, i)];
         zero = __fmaf_rn(rounded[i] * (1.f / F::q_unit(i)), point, zero);
       }
     }
@@ -103,22 +179,4 @@ __device__ __forceinline__ void load_query(const Params& p, Shared& sh, int c) {
   zero += __shfl_xor_sync(~0u, zero, 1);
   zero += __shfl_xor_sync(~0u, zero, 2);
   if (t == 0) sh.factor[row] = factor * F::kUnit, sh.shift[row] = __fmul_rn(-factor, zero);
-}
-
-// What write_output needs, loaded while the first tiles are on their way.
-__device__ __forceinline__ void load_output_parameters(const Params& p, Shared& sh) {
-  const Item& item = sh.item;
-  for (int row = threadIdx.x; row < item.rows; row += kThreads) {
-    const int head = item.head * p.group + (item.row + row) % p.group;
-    sh.sink[row] = p.sinks == nullptr ? MINUS_INFINITY : p.sinks[head] * kLog2e;
-  }
-  if constexpr (kStaticScales) {
-    for (int d = threadIdx.x; d < kD; d += kThreads) {
-      const int channel = item.head * kD + d;
-      sh.value_scale[d] = static_at(p.dequant.v, kPerChannel ? channel : item.head);
-      if constexpr (kZeroPoints) {
-        sh.value_zero[d] = static_at(p.dequant.v_zp, channel) + F::kBias;
-      }
-    }
-  }
 }

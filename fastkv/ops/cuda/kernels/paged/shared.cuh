@@ -59,9 +59,11 @@ struct Shared {
   const float* warp_sum[kWarps];  // [kPassRows][kSumPitch] in the warp's free stage
   // The running fold of a group; rows twice, read from one and written to the other. When states of
   // several blocks are folded, it has been put where it belongs.
+  // Before the first chunk ends, the item's rows of q, as they are.
   union {
     alignas(16) float sum[kRows][kD];
     NodeTable nodes;
+    FASTKV_Q query[kRows][kD];
   };
   RowState row[2][kRows];
   int low[kRows], high[kRows];  // keys that a query row sees
@@ -69,9 +71,12 @@ struct Shared {
   float sink[kRows];                          // in base 2, -inf where there is none
   float value_scale[kStaticScales ? kD : 1];  // dequant and zero point of V's channels
   float value_zero[kZeroPoints ? kD : 1];
+  float key_scale[kKeyChannels ? kD : 1];     // and of K's
+  float key_zero[kZeroPoints ? kD : 1];
   int stage_page[kWarps][kStages][2];
   const float* node[kGroup];
   u32 scratch[kWarps];
+  bool arrived_last;
 };
 
 // The block's share of the launch, from all requests' lengths: as many consecutive requests a thread
