@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastkv.ops.cuda import faults, jit, serve, tensors
 from fastkv.ops.cuda.launch import FLOAT, INT32, INT64, POINTER, completed, kernel
-from fastkv.ops.cuda.paged_shape import GROUP, LEAST_CHUNK, SPLIT, THREADS, TILE, WARPS, Shape, row_bytes
+from fastkv.ops.cuda.paged_shape import GROUP, LEAST_CHUNK, SPLIT, Shape, row_bytes
 from fastkv.ops.cuda.workspace import workspace
 from fastkv.quant import quant_spec
 
@@ -50,7 +50,7 @@ class Prepared:
             **_defines(tensors.CTYPE[checker.dtype("q")], dim, shape, _dense(cache, dim, strides)),
         )
         fields = (*_POINTERS, blob.field, *_SCALARS)
-        self.kernel = kernel(what, self.index, fields, THREADS, shape.shared)
+        self.kernel = kernel(what, self.index, fields, 32 * shape.warps, shape.shared)
         self.scale = dim**-0.5
         self.fresh = int(not checker.given("out"))
         most = (sizes["T"] * group // (8 * shape.columns) + sizes["B"]) * heads * groups * GROUP
@@ -114,8 +114,7 @@ def _defines(q: str, dim: int, shape: Shape, slot: int) -> dict[str, object]:
         "shared_bytes": shape.shared,
         "least_chunk": LEAST_CHUNK,
         "split": SPLIT,
-        "warps": WARPS,
-        "eight": TILE[8] // 16,
+        "warps": shape.warps,
         "slot_bytes": slot,
     }
 

@@ -88,7 +88,6 @@ __device__ __forceinline__ void finish_chunk(const WarpState& w, Shared& sh, flo
 
 // Chunks [begin, end) of the item: this block's share of it.
 __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, int end) {
-  fetch_query(p, sh);
   const Bounds see = find_bounds(p, sh);
   const int chunk_tokens = sh.request.chunk, first = sh.request.chunk_first;
   const int low = max(see.low, (first + begin) * chunk_tokens);
@@ -97,6 +96,7 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
   stages += threadIdx.x / 32 * (kStages * kStageBytes);
   Stream stream(p, sh, low, high, shared_address(stages));
   ItemParameters parameters;
+  fetch_query(p, sh);
   parameters.load(p, sh);
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) stream.issue();
@@ -108,11 +108,6 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
   const Query query(sh);
 
   int tile = 0, turn = 0;
-  [[maybe_unused]] float k_scale = 0.f, v_scale = 0.f;
-  if constexpr (kPagedScales) {
-    __syncwarp();
-    stream.fetch_scales(0, k_scale, v_scale);
-  }
   WarpState w;
   for (int chunk = begin; chunk < end; ++chunk) {
     w.clear();
@@ -121,13 +116,7 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
     for (; tile < stream.tiles && stream.token(tile) < stop; ++tile) {
       stream.wait();
       stream.issue();
-      [[maybe_unused]] float next_k = 0.f, next_v = 0.f;
-      if constexpr (kPagedScales) {
-        __syncwarp();
-        stream.fetch_scales(tile + 1, next_k, next_v);
-      }
-      attend_tile(w, p, sh, query, stream, see, tile, k_scale, v_scale);
-      if constexpr (kPagedScales) k_scale = next_k, v_scale = next_v;
+      attend_tile(w, p, sh, query, stream, see, tile);
     }
     const int group = chunk / kGroup, group_begin = max(group * kGroup, begin);
     const int group_end = min((group + 1) * kGroup, sh.item.chunks);
@@ -177,13 +166,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, FASTKV_BLOCKS)
   let_next_kernel_start();
   const int begin_rows = p.cu_seqlens_q[0], end_rows = p.cu_seqlens_q[p.table.requests];
   find_share(p, sh);
-  for (u32 at = sh.share.start; at < sh.share.end;) {
-    if (threadIdx.x == 0) sh.item = find_item(p, sh.share, sh.request, at);
-    __syncthreads();
+  for (u32 at = sh.share.start; at < sh.share.end;) {  // sh.item is the first
     const int begin = int(at - sh.item.at);
     const int end = min(sh.item.chunks, begin + int(sh.share.end - at));
     attend(p, sh, begin, end);
     at += end - begin;
+    if (at >= sh.share.end) break;
+    if (threadIdx.x == 0) sh.item = find_item(p, sh.share, sh.request, at);
+    __syncthreads();
   }
   clear_rows(p, begin_rows, end_rows);
 }

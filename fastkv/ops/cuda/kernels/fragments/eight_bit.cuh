@@ -9,9 +9,6 @@
 // as long as the other operand, or the result, knows: `q_dim` and `store`.
 #pragma once
 #include "common/tensor_core.cuh"
-#ifndef EIGHT_BLOCKS
-#define EIGHT_BLOCKS (FASTKV_EIGHT)
-#endif
 
 // Four bytes to two fp16 pairs: (0, 1) and (2, 3).
 struct E4m3Expand {
@@ -54,15 +51,14 @@ struct Int8Expand {
 
 template <class Expand, int D> struct EightBit {
   using Math = Fp16;
-  static constexpr int kBlocks = EIGHT_BLOCKS;
+  static constexpr int kBlocks = 2;
   static constexpr int kRowBytes = D;
   static constexpr bool kMayBeNotFinite = Expand::kMayBeNotFinite;
-  static constexpr int kLoads = D / 16 * kBlocks / 2;
-  static constexpr int kSteps = 2 / kBlocks;
+  static constexpr int kLoads = D / 16;
+  static constexpr int kSteps = 1;
   static constexpr float kUnit = Expand::kUnit;
   static constexpr float kBias = Expand::kBias;
 
-#if EIGHT_BLOCKS == 2
   // A load is 16 bytes of each of the tile's 32 tokens.
   static constexpr int kLoadBytes = 16;
   static __device__ __forceinline__ int k_row(int lane) { return lane; }
@@ -82,27 +78,6 @@ template <class Expand, int D> struct EightBit {
       Expand::alternate(a[0][i / 2][2 * (i & 1)], a[0][i / 2][2 * (i & 1) + 1], r[i]);
     }
   }
-#else
-  // A load is 32 bytes of each of the tile's 16 tokens.
-  static constexpr int kLoadBytes = 32;
-  static __device__ __forceinline__ int k_row(int lane) { return lane & 15; }
-  static __device__ __forceinline__ int k_byte(int lane) { return lane & 16; }
-  static __device__ __forceinline__ int v_row(int lane) { return lane & 15; }
-  static __device__ __forceinline__ int v_byte(int lane) { return lane & 16; }
-
-  static __device__ __forceinline__ void k(u32 (&a)[kSteps][kBlocks][4], const u32 (&r)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      Expand::neighbours(a[i / 2][0][i & 1], a[i / 2][0][2 + (i & 1)], r[i]);
-    }
-  }
-  static __device__ __forceinline__ void v(u32 (&a)[kSteps][kBlocks][4], const u32 (&r)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      Expand::alternate(a[i / 2][0][2 * (i & 1)], a[i / 2][0][2 * (i & 1) + 1], r[i]);
-    }
-  }
-#endif
 
   static __device__ __forceinline__ int q_dim(int step, int t, int i) {
     return 16 * step + 4 * t + i;

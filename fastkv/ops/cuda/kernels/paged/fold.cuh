@@ -171,9 +171,9 @@ struct NodeCopies {
 
   // Past L1, as other blocks wrote them; all in flight at once.
   __device__ __forceinline__ void start(const Shared& sh, int base, int count, int at) const {
-#pragma unroll 4
-    for (int k = 0; k < min(count - base, kSlots); ++k) {
-      copy_async(room + 512 * k, sh.node[base + k] + at);
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) {
+      if (base + k < count) copy_async(room + 512 * k, sh.node[base + k] + at);
     }
     commit_copies();
   }

@@ -15,23 +15,35 @@ struct Bounds {
   int clean_low, clean_high;  // keys that all rows see
 };
 
+// Keys that a token of the request sees by its position alone.
+__device__ __forceinline__ int2 keys_of(const Params& p, const Request& r, int token) {
+  const int position = r.cached + token;
+  return {max(position - p.window + 1, 0), p.causal ? min(position + 1, r.length) : r.length};
+}
+
 // Called by a whole warp; every warp gets the same.
 __device__ __forceinline__ Bounds find_bounds(const Params& p, Shared& sh) {
   const Request& r = sh.request;
   const Item& item = sh.item;
   Bounds all = {0x7fffffff, 0, 0, 0x7fffffff};
-  for (int row = threadIdx.x % 32; row < item.rows; row += 32) {
-    const int token = (item.row + row) / p.group, position = r.cached + token;
-    int low = max(position - p.window + 1, 0);
-    int high = p.causal ? min(position + 1, r.length) : r.length;
-    if (p.mask_offsets != nullptr) {
-      const int2 seen = *reinterpret_cast<const int2*>(p.mask_offsets + 2 * (r.first + token));
-      low = max(low, seen.x), high = min(high, seen.y);
-      if (seen.x < 0 || seen.x > seen.y || seen.y > r.length) {
-        report_fault(p.faults, kFaultInterval, r.index);
-      }
+  if (p.mask_offsets == nullptr) {  // they grow with the position
+    const int2 first = keys_of(p, r, item.row / p.group);
+    const int2 last = keys_of(p, r, (item.row + item.rows - 1) / p.group);
+    all = {min(first.x, last.y), last.y, last.x, first.y};
+    for (int row = threadIdx.x; row < item.rows; row += kThreads) {
+      const int2 keys = keys_of(p, r, (item.row + row) / p.group);
+      sh.low[row] = keys.x, sh.high[row] = max(keys.x, keys.y);
     }
-    high = max(high, low);
+    return all;
+  }
+  for (int row = threadIdx.x % 32; row < item.rows; row += 32) {
+    const int token = (item.row + row) / p.group;
+    const int2 keys = keys_of(p, r, token);
+    const int2 seen = *reinterpret_cast<const int2*>(p.mask_offsets + 2 * (r.first + token));
+    const int low = max(keys.x, seen.x), high = max(min(keys.y, seen.y), low);
+    if (seen.x < 0 || seen.x > seen.y || seen.y > r.length) {
+      report_fault(p.faults, kFaultInterval, r.index);
+    }
     if (threadIdx.x < 32) sh.low[row] = low, sh.high[row] = high;
     if (low < high) all.low = min(all.low, low), all.high = max(all.high, high);
     all.clean_low = max(all.clean_low, low), all.clean_high = min(all.clean_high, high);

@@ -4,8 +4,8 @@
 #include "paged/schedule.cuh"
 
 // A state is what attention over some keys amounts to: per row the maximum m of the scores (base 2),
-// l = sum 2^(s - m), and O = sum 2^(s - m) v. With a scale per token V's scale belongs to the
-// exponent, which then has a maximum of its own, `top`: O = sum 2^(s + log2(scale) - top) code.
+// l = sum 2^(s - m), and O = sum 2^(s - m) v. With a scale per token O has another unit, 2^top: of
+// m and of a power of two near the largest scale of V.
 struct RowState {
   float m, l, top;
 };
@@ -74,13 +74,15 @@ struct Shared {
   float key_scale[kKeyChannels ? kD : 1];     // and of K's
   float key_zero[kZeroPoints ? kD : 1];
   int stage_page[kWarps][kStages][2];
+  // The words that hold the scales of K and of V of each of the tile's tokens.
+  u32 stage_scales[kPagedScales ? kWarps * kStages : 1][2][kPagedScales ? 32 : 1];
   const float* node[kGroup];
   u32 scratch[kWarps];
   bool arrived_last;
 };
 
 // The block's share of the launch, from all requests' lengths: as many consecutive requests a thread
-// as it takes, one scan over the threads, and one of them finds where the share begins.
+// as it takes, one scan over the threads, and one of them finds the item that the share begins with.
 __device__ __forceinline__ void find_share(const Params& p, Shared& sh) {
   const int each = ceil_div(p.table.requests, kThreads), first = int(threadIdx.x) * each;
   Request r;
@@ -103,7 +105,7 @@ __device__ __forceinline__ void find_share(const Params& p, Shared& sh) {
   } else if (until > s.start && until - mine <= s.start) {
     s.request_at = until - mine;
     if (each > 1) r = read_request(p, first);
-    step_to(p, s, r, s.start);
+    sh.item = find_item(p, s, r, s.start);
     sh.request = r, sh.share = s;
   }
   __syncthreads();

@@ -3,6 +3,15 @@
 #pragma once
 #include "paged/shared.cuh"
 
+// The element at `from`, of the word around it.
+__device__ __forceinline__ float element_of(u32 word, const u8*, float) {
+  return __uint_as_float(word);
+}
+template <class T>
+__device__ __forceinline__ float element_of(u32 word, const u8* from, T type) {
+  return u64(from) & 2 ? high_float(word, type) : low_float(word, type);
+}
+
 // Tiles lie at multiples of kTile; the warp takes every kWarps-th of them. Tokens outside
 // [low, high) and on page -1 arrive as zeros, whatever the cache holds there.
 struct Stream {
@@ -67,6 +76,7 @@ struct Stream {
         copy_tile<false>(to, k, p.k_strides, page, at);
         copy_tile<false>(to + kTileBytes, v, p.v_strides, page, at);
       }
+      if constexpr (kPagedScales) copy_scales(issued, page);
     }
     ++issued;
     commit_copies();
@@ -136,17 +146,36 @@ struct Stream {
     return sh.stage_page[warp][tile % kStages][block];
   }
 
-  __device__ __forceinline__ void fetch_scales(int tile, float& k, float& v) const {
-    k = token_scale(p.k_scale, p.k_strides, tile);
-    v = token_scale(p.v_scale, p.v_strides, tile);
+  // The lane's token of a tile, and where its scale lies; a scale of 2 bytes comes with its word.
+  __device__ __forceinline__ const u8* scale_at(const u8* scales, const SideStrides& strides,
+                                                int at, int id) const {
+    return scales + scale_offset(strides, max(id, 0), head, slot_at(p.table, at));
+  }
+  __device__ __forceinline__ u32 scale_word(int tile, int side) const {
+    return shared_address(&sh.stage_scales[warp * kStages + tile % kStages][side][lane]);
   }
 
-  // The scale of token `lane` of a tile: K's or V's. Not read where there is no such token.
-  __device__ __forceinline__ float token_scale(const u8* scales, const SideStrides& strides,
-                                               int tile) const {
+  __device__ __forceinline__ void copy_scales(int tile, const int (&page)[F::kBlocks]) const {
+    const int at = token(tile) + lane;
+    const int id = lane < 16 || F::kBlocks == 1 ? page[0] : page[F::kBlocks - 1];
+    const u32 bytes = lane < kTile && id >= 0 && at >= low && at < high ? 4 : 0;
+    const u64 word = ~u64(3);
+    const u64 k = u64(scale_at(p.k_scale, p.k_strides, at, id)) & word;
+    const u64 v = u64(scale_at(p.v_scale, p.v_strides, at, id)) & word;
+    copy_word_async(scale_word(tile, 0), reinterpret_cast<const void*>(k), bytes);
+    copy_word_async(scale_word(tile, 1), reinterpret_cast<const void*>(v), bytes);
+  }
+
+  // The scales of token `lane` of a tile that has arrived; 0 where there is no such token.
+  __device__ __forceinline__ void load_scales(int tile, float& k, float& v) const {
+    k = load_scale(tile, 0, p.k_scale, p.k_strides);
+    v = load_scale(tile, 1, p.v_scale, p.v_strides);
+  }
+  __device__ __forceinline__ float load_scale(int tile, int side, const u8* scales,
+                                              const SideStrides& strides) const {
+    u32 word;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(scale_word(tile, side)));
     const int at = token(tile) + lane, id = page(tile, lane / 16 % F::kBlocks);
-    if (tile >= tiles || id < 0 || at < low || at >= high) return 0.f;
-    const i64 offset = scale_offset(strides, id, head, slot_at(p.table, at));
-    return to_float(*reinterpret_cast<const FASTKV_SCALE*>(scales + offset));
+    return element_of(word, scale_at(scales, strides, at, id), FASTKV_SCALE{});
   }
 };

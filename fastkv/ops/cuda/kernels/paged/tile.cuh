@@ -11,7 +11,8 @@
 
 struct WarpState {
   float o[kColumns][kDimSteps][4];
-  float m[kColumns][2], top[kColumns][2];
+  float m[kColumns][2];
+  int exponent[kColumns][2];  // with a scale per token: of the largest scale that the row has seen
   float l[kColumns][4];  // two, by a product with ones; with a scale per token: this lane's keys only
 
   __device__ __forceinline__ void clear() {
@@ -23,7 +24,8 @@ struct WarpState {
         for (int d = 0; d < kDimSteps; ++d) o[c][d][i] = 0.f;
       }
       l[c][0] = l[c][1] = l[c][2] = l[c][3] = 0.f;
-      m[c][0] = m[c][1] = top[c][0] = top[c][1] = MINUS_INFINITY;
+      m[c][0] = m[c][1] = MINUS_INFINITY;
+      exponent[c][0] = exponent[c][1] = 0;
     }
   }
 
@@ -36,6 +38,14 @@ struct WarpState {
     }
   }
 
+  // The exponent field of what weights are multiplied by, which O has as a factor.
+  __device__ __forceinline__ int unit_field(int c, int i) const {
+    return min(127 + 14 + 127 - exponent[c][i], 254);
+  }
+  __device__ __forceinline__ float unit(int c, int i) const {
+    return __uint_as_float(u32(unit_field(c, i)) << 23);
+  }
+
   // The row's state, complete in every lane.
   __device__ __forceinline__ RowState row(int c, int i) const {
     float sum = l[c][i];
@@ -43,7 +53,7 @@ struct WarpState {
 #pragma unroll
       for (int k = 4; k < 32; k *= 2) sum += __shfl_xor_sync(~0u, sum, k);
     }
-    return {m[c][i], sum, top[c][i]};
+    return {m[c][i], sum, kPagedScales ? m[c][i] + float(127 - unit_field(c, i)) : 0.f};
   }
 };
 
@@ -251,66 +261,79 @@ __device__ __forceinline__ void finish_scores(Scores& s, const Params& p, const 
   if (!mask.clean) hide_scores(s, sh, mask);
 }
 
-// With a scale per token, O has a maximum of its own: `x` holds s + log2(scale), becomes weights.
-__device__ __forceinline__ void soften_scaled(WarpState& w, Scores& s, int c) {
-  float top[2], shrink[2];
-  bool grows = false;
+// With a scale per token, a weight has its key's scale of V, and a power of two that brings the
+// largest scale that the row has seen to 2^14 ... 2^15: exact, and fp16 is widest there.
+struct ScaledWeights {
+  float scale[2 * F::kBlocks];  // of the lane's keys
+  int exponent;                 // of the tile's largest finite scale
+
+  __device__ __forceinline__ explicit ScaledWeights(float v_scale) {
+    if constexpr (!kPagedScales) return;
+    const u32 bits = __float_as_uint(v_scale);
+    exponent = int(__reduce_max_sync(~0u, bits < 0x7f800000u ? bits : 0) >> 23);
+#pragma unroll
+    for (int i = 0; i < 2 * F::kBlocks; ++i) {
+      scale[i] = __shfl_sync(~0u, v_scale, 8 * i + threadIdx.x % 32 / 4);
+    }
+  }
+
+  // The exponent for a row that does not see all of the tile's keys.
+  __device__ __forceinline__ int over_seen(const Scores& s, int c, int i) const {
+    u32 most = 0;
+#pragma unroll
+    for (int j = 0; j < 2 * F::kBlocks; ++j) {
+      const u32 bits = __float_as_uint(scale[j]);
+      const bool counts = s[j / 2][c][j % 2 * 2 + i] != MINUS_INFINITY && bits < 0x7f800000u;
+      most = max(most, counts ? bits : 0);
+    }
+#pragma unroll
+    for (int k = 4; k < 32; k *= 2) most = max(most, __shfl_xor_sync(~0u, most, k));
+    return int(most >> 23);
+  }
+};
+
+// What brings O from the lane's two rows' old maxima, and exponents, to the new ones.
+__device__ __forceinline__ void grow(WarpState& w, int c, const float (&m)[2],
+                                     const int (&exponent)[2]) {
+  float shrink[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    top[i] = fmaxf(w.top[c][i], over_keys(s, c, i));
-    grows = grows || top[i] > w.top[c][i];
-  }
-  if (__any_sync(~0u, grows)) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      shrink[i] = weight(w.top[c][i], top[i]);
-      w.top[c][i] = top[i];
-    }
-    w.scale_sums(c, shrink);
-  }
-#pragma unroll
-  for (int block = 0; block < F::kBlocks; ++block) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float& x = s[block][c][i];
-      const float base = w.top[c][i & 1];
-      x = exp2_fast(__fadd_rn(x, base == MINUS_INFINITY ? 0.f : -base));
+    shrink[i] = weight(w.m[c][i], m[i]);
+    w.m[c][i] = m[i];
+    w.l[c][i] = __fmul_rn(w.l[c][i], shrink[i]);
+    if constexpr (kPagedScales) {
+      const int before = w.unit_field(c, i);
+      w.exponent[c][i] = exponent[i];
+      const int field = max(127 + w.unit_field(c, i) - before, 0);  // 0: below 2^-126
+      shrink[i] = __fmul_rn(shrink[i], __uint_as_float(u32(field) << 23));
     }
   }
+  w.scale_sums(c, shrink);
 }
 
 // From scores to weights, the state brought to the new maximum.
-__device__ __forceinline__ void soften(WarpState& w, Scores& s, Weights& b, float v_scale) {
-  const int g = threadIdx.x % 32 / 4;
+__device__ __forceinline__ void soften(WarpState& w, Scores& s, Weights& b, float v_scale,
+                                       bool clean) {
   float m[kColumns][2];
+  [[maybe_unused]] int exponent[kColumns][2];
   bool grows = false;
+  const ScaledWeights scaled(v_scale);
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       m[c][i] = fmaxf(w.m[c][i], over_keys(s, c, i));
       grows = grows || m[c][i] > w.m[c][i];
-    }
-  }
-  [[maybe_unused]] float per_key[F::kBlocks][2];
-  if constexpr (kPagedScales) {
-#pragma unroll
-    for (int i = 0; i < 2 * F::kBlocks; ++i) {
-      per_key[i / 2][i & 1] = log2_fast(__shfl_sync(~0u, v_scale, 8 * i + g));
+      if constexpr (kPagedScales) {
+        exponent[c][i] = clean ? scaled.exponent : scaled.over_seen(s, c, i);
+        exponent[c][i] = max(exponent[c][i], w.exponent[c][i]);
+        grows = grows || exponent[c][i] > w.exponent[c][i];
+      }
     }
   }
   if (__any_sync(~0u, grows)) {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      float shrink[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        shrink[i] = weight(w.m[c][i], m[c][i]);
-        w.m[c][i] = m[c][i];
-        w.l[c][i] *= shrink[i];
-      }
-      if constexpr (!kPagedScales) w.scale_sums(c, shrink);
-    }
+    for (int c = 0; c < kColumns; ++c) grow(w, c, m[c], exponent[c]);
   }
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
@@ -318,20 +341,18 @@ __device__ __forceinline__ void soften(WarpState& w, Scores& s, Weights& b, floa
     for (int i = 0; i < 2; ++i) {
       const float base = w.m[c][i] == MINUS_INFINITY ? 0.f : w.m[c][i];
 #pragma unroll
-      for (int block = 0; block < F::kBlocks; ++block) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& x = s[block][c][2 * half + i];
-          if constexpr (kPagedScales) {
-            w.l[c][i] += exp2_fast(__fadd_rn(x, -base));
-            x = x == MINUS_INFINITY ? x : __fadd_rn(x, per_key[block][half]);
-          } else {
-            x = exp2_fast(__fadd_rn(x, -base));
-          }
+      for (int j = 0; j < 2 * F::kBlocks; ++j) {
+        float& x = s[j / 2][c][j % 2 * 2 + i];
+        if constexpr (kPagedScales) {
+          const bool hidden = !clean && x == MINUS_INFINITY;  // its scale may be NaN
+          x = exp2_fast(__fadd_rn(x, -base));
+          w.l[c][i] += x;
+          x = hidden ? 0.f : __fmul_rn(__fmul_rn(x, w.unit(c, i)), scaled.scale[j]);
+        } else {
+          x = exp2_fast(__fadd_rn(x, -base));
         }
       }
     }
-    if constexpr (kPagedScales) soften_scaled(w, s, c);
 #pragma unroll
     for (int block = 0; block < F::kBlocks; ++block) {
       b[block][c][0] = transpose_matrix(pack2<Math>(s[block][c][0], s[block][c][1]));
@@ -348,8 +369,9 @@ __device__ __forceinline__ void soften(WarpState& w, Scores& s, Weights& b, floa
 
 __device__ __forceinline__ void attend_tile(WarpState& w, const Params& p, const Shared& sh,
                                             const Query& query, const Stream& stream,
-                                            const Bounds& see, int tile, float k_scale,
-                                            float v_scale) {
+                                            const Bounds& see, int tile) {
+  float k_scale = 0.f, v_scale = 0.f;
+  if constexpr (kPagedScales) stream.load_scales(tile, k_scale, v_scale);
   TileMask mask;
   mask.token = stream.token(tile);
   mask.clean = mask.token >= see.clean_low && mask.token + kTile <= see.clean_high;
@@ -363,7 +385,7 @@ __device__ __forceinline__ void attend_tile(WarpState& w, const Params& p, const
   multiply_keys(scores, query, k_tile);
   finish_scores(scores, p, sh, query, mask, k_scale);
   Weights weights;
-  soften(w, scores, weights, v_scale);
+  soften(w, scores, weights, v_scale, mask.clean);
   if (F::kMayBeNotFinite && !mask.clean && any_not_finite(v_tile)) {
     add_values_by_row(w, weights, v_tile, sh, mask.token);
   } else {
