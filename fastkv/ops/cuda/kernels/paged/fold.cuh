@@ -92,8 +92,9 @@ __device__ __forceinline__ bool arrive(Shared& sh, u32* counter, u32 part, u32 t
 __device__ __forceinline__ void write_output(const Params& p, const Shared& sh, int row, int vector,
                                              float4 sum, const RowState& state) {
   const Item& item = sh.item;
-  const int at = item.row + row, token = sh.request.first + at / p.group;
-  const int head = item.head * p.group + at % p.group;
+  const int at = item.row + row, of_request = quotient(at, p.group);
+  const int token = sh.request.first + of_request;
+  const int head = item.head * p.group + at - of_request * p.group;
   const bool empty = state.l == 0.f;  // NaN is not empty
   float share = empty ? 0.f : reciprocal(state.l);
   if constexpr (kPagedScales) share = empty ? 0.f : share * exp2_fast(state.top - state.m);

@@ -27,17 +27,17 @@ __device__ __forceinline__ Bounds find_bounds(const Params& p, Shared& sh) {
   const Item& item = sh.item;
   Bounds all = {0x7fffffff, 0, 0, 0x7fffffff};
   if (p.mask_offsets == nullptr) {  // they grow with the position
-    const int2 first = keys_of(p, r, item.row / p.group);
-    const int2 last = keys_of(p, r, (item.row + item.rows - 1) / p.group);
+    const int2 first = keys_of(p, r, quotient(item.row, p.group));
+    const int2 last = keys_of(p, r, quotient(item.row + item.rows - 1, p.group));
     all = {min(first.x, last.y), last.y, last.x, first.y};
     for (int row = threadIdx.x; row < item.rows; row += kThreads) {
-      const int2 keys = keys_of(p, r, (item.row + row) / p.group);
+      const int2 keys = keys_of(p, r, quotient(item.row + row, p.group));
       sh.low[row] = keys.x, sh.high[row] = max(keys.x, keys.y);
     }
     return all;
   }
   for (int row = threadIdx.x % 32; row < item.rows; row += 32) {
-    const int token = (item.row + row) / p.group;
+    const int token = quotient(item.row + row, p.group);
     const int2 keys = keys_of(p, r, token);
     const int2 seen = *reinterpret_cast<const int2*>(p.mask_offsets + 2 * (r.first + token));
     const int low = max(keys.x, seen.x), high = max(min(keys.y, seen.y), low);
@@ -62,8 +62,8 @@ __device__ __forceinline__ void fetch_query(const Params& p, Shared& sh) {
   const Item& item = sh.item;
   for (int i = threadIdx.x; i < item.rows * kVectorsOfRow; i += kThreads) {
     const int row = i / kVectorsOfRow, at = item.row + row, d = i % kVectorsOfRow * kElements;
-    const FASTKV_Q* from = p.q + (sh.request.first + at / p.group) * p.q_token +
-                           (item.head * p.group + at % p.group) * p.q_head + d;
+    const int token = quotient(at, p.group), head = item.head * p.group + at - token * p.group;
+    const FASTKV_Q* from = p.q + (sh.request.first + token) * p.q_token + head * p.q_head + d;
     copy_async(shared_address(&sh.query[row][d]), from);
   }
   commit_copies();
@@ -107,7 +107,8 @@ struct ItemParameters {
     const int row = threadIdx.x;
     sink = MINUS_INFINITY;
     if (p.sinks != nullptr && row < item.rows) {
-      sink = p.sinks[item.head * p.group + (item.row + row) % p.group] * kLog2e;
+      const int at = item.row + row, token = quotient(at, p.group);
+      sink = p.sinks[item.head * p.group + at - token * p.group] * kLog2e;
     }
     if constexpr (kStaticScales) {
 #pragma unroll

@@ -30,6 +30,12 @@ struct Item {
 
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// x / y, without the hundred cycles where the quotient is 0 or y is the least chunk: most often.
+__device__ __forceinline__ int quotient(int x, int y) { return x < y ? 0 : x / y; }
+__device__ __forceinline__ int in_chunks(int x, int chunk) {
+  return chunk == kLeastChunk ? x / kLeastChunk : x / chunk;
+}
+
 __device__ __forceinline__ int chunk_tokens(int length, int heads) {
   const int even = ceil_div(int((i64(length) * heads + kSplit - 1) / kSplit), 128) * 128;
   return max(kLeastChunk, even);
@@ -48,8 +54,8 @@ __device__ __forceinline__ Request read_request(const Params& p, int b) {
   r.length = min(r.cached + tokens, limit);
   r.rows = tokens * p.group;
   r.chunk = chunk_tokens(r.length, p.kv_heads);
-  r.chunk_first = max(r.cached - p.window + 1, 0) / r.chunk;
-  r.chunks = max(1, ceil_div(r.length, r.chunk) - r.chunk_first);
+  r.chunk_first = in_chunks(max(r.cached - p.window + 1, 0), r.chunk);
+  r.chunks = max(1, in_chunks(r.length + r.chunk - 1, r.chunk) - r.chunk_first);
   r.work = u32(ceil_div(r.rows, kRows)) * p.kv_heads * r.chunks;
   if (cached < 0 || i64(cached) + tokens > limit) report_fault(p.faults, kFaultLength, b);
   return r;
@@ -74,7 +80,7 @@ struct Share {
 
   Share() = default;
   __device__ __forceinline__ Share(u32 total, u32 blocks) : total(total), request_at(0) {
-    each = total / blocks, longer = total % blocks;
+    each = quotient(total, blocks), longer = total - each * blocks;
     const u32 most = each + (longer != 0);
     // Multiples of a power of two, so that items fall to few blocks, or whole ones to one, where
     // that leaves at most a sixteenth of the blocks without work.
@@ -91,6 +97,7 @@ struct Share {
   }
   // The block that chunk x falls to.
   __device__ __forceinline__ u32 owner(u32 x) const {
+    if (each == 0) return x;
     const u32 block = x / (each + 1);
     return block < longer ? block : (x - longer) / each;
   }
@@ -107,10 +114,11 @@ __device__ __forceinline__ void step_to(const Params& p, Share& s, Request& r, u
 // The chunk `at`: its item, `r` stepped to its request.
 __device__ __forceinline__ Item find_item(const Params& p, Share& s, Request& r, u32 at) {
   step_to(p, s, r, at);
-  const u32 place = (at - s.request_at) / r.chunks;
+  const int place = quotient(int(at - s.request_at), r.chunks);
+  const int row_tile = quotient(place, p.kv_heads);
   Item item;
-  item.head = place % p.kv_heads;
-  item.row = int(place / p.kv_heads) * kRows;
+  item.head = place - row_tile * p.kv_heads;
+  item.row = row_tile * kRows;
   item.rows = min(r.rows - item.row, kRows);
   item.chunks = r.chunks;
   item.at = s.request_at + place * r.chunks;

@@ -149,7 +149,9 @@ struct Stream {
   // The lane's token of a tile, and where its scale lies; a scale of 2 bytes comes with its word.
   __device__ __forceinline__ const u8* scale_at(const u8* scales, const SideStrides& strides,
                                                 int at, int id) const {
-    return scales + scale_offset(strides, max(id, 0), head, slot_at(p.table, at));
+    scales += head * strides.scale_head;
+    scales += u64(u32(max(id, 0))) * u32(strides.scale_page);
+    return scales + u64(u32(slot_at(p.table, at))) * u32(strides.scale_slot);
   }
   __device__ __forceinline__ u32 scale_word(int tile, int side) const {
     return shared_address(&sh.stage_scales[warp * kStages + tile % kStages][side][lane]);

@@ -12,7 +12,7 @@
 struct WarpState {
   float o[kColumns][kDimSteps][4];
   float m[kColumns][2];
-  int exponent[kColumns][2];  // with a scale per token: of the largest scale that the row has seen
+  int exponent[kColumns];  // with a scale per token: of the largest that one of the 8 rows has seen
   float l[kColumns][4];  // two, by a product with ones; with a scale per token: this lane's keys only
 
   __device__ __forceinline__ void clear() {
@@ -25,7 +25,7 @@ struct WarpState {
       }
       l[c][0] = l[c][1] = l[c][2] = l[c][3] = 0.f;
       m[c][0] = m[c][1] = MINUS_INFINITY;
-      exponent[c][0] = exponent[c][1] = 0;
+      exponent[c] = 0;
     }
   }
 
@@ -39,11 +39,11 @@ struct WarpState {
   }
 
   // The exponent field of what weights are multiplied by, which O has as a factor.
-  __device__ __forceinline__ int unit_field(int c, int i) const {
-    return min(127 + 14 + 127 - exponent[c][i], 254);
+  __device__ __forceinline__ int unit_field(int c) const {
+    return min(127 + 14 + 127 - exponent[c], 254);
   }
-  __device__ __forceinline__ float unit(int c, int i) const {
-    return __uint_as_float(u32(unit_field(c, i)) << 23);
+  __device__ __forceinline__ float unit(int c) const {
+    return __uint_as_float(u32(unit_field(c)) << 23);
   }
 
   // The row's state, complete in every lane.
@@ -53,7 +53,7 @@ struct WarpState {
 #pragma unroll
       for (int k = 4; k < 32; k *= 2) sum += __shfl_xor_sync(~0u, sum, k);
     }
-    return {m[c][i], sum, kPagedScales ? m[c][i] + float(127 - unit_field(c, i)) : 0.f};
+    return {m[c][i], sum, kPagedScales ? m[c][i] + float(127 - unit_field(c)) : 0.f};
   }
 };
 
@@ -262,51 +262,51 @@ __device__ __forceinline__ void finish_scores(Scores& s, const Params& p, const 
 }
 
 // With a scale per token, a weight has its key's scale of V, and a power of two that brings the
-// largest scale that the row has seen to 2^14 ... 2^15: exact, and fp16 is widest there.
-struct ScaledWeights {
-  float scale[2 * F::kBlocks];  // of the lane's keys
-  int exponent;                 // of the tile's largest finite scale
+// largest scale that a column's rows have seen to 2^14 ... 2^15: exact, and fp16 is widest there.
+struct ValueScales {
+  float of[2 * F::kBlocks];  // the lane's keys
+  int exponent;              // of the tile's largest finite one
 
-  __device__ __forceinline__ explicit ScaledWeights(float v_scale) {
+  __device__ __forceinline__ explicit ValueScales(float v_scale) {
     if constexpr (!kPagedScales) return;
     const u32 bits = __float_as_uint(v_scale);
     exponent = int(__reduce_max_sync(~0u, bits < 0x7f800000u ? bits : 0) >> 23);
 #pragma unroll
     for (int i = 0; i < 2 * F::kBlocks; ++i) {
-      scale[i] = __shfl_sync(~0u, v_scale, 8 * i + threadIdx.x % 32 / 4);
+      of[i] = __shfl_sync(~0u, v_scale, 8 * i + threadIdx.x % 32 / 4);
     }
   }
 
-  // The exponent for a row that does not see all of the tile's keys.
-  __device__ __forceinline__ int over_seen(const Scores& s, int c, int i) const {
+  // The exponent for column c where not all of its rows see all of the tile's keys.
+  __device__ __forceinline__ int over_seen(const Scores& s, int c) const {
     u32 most = 0;
 #pragma unroll
     for (int j = 0; j < 2 * F::kBlocks; ++j) {
-      const u32 bits = __float_as_uint(scale[j]);
-      const bool counts = s[j / 2][c][j % 2 * 2 + i] != MINUS_INFINITY && bits < 0x7f800000u;
-      most = max(most, counts ? bits : 0);
+      const u32 bits = __float_as_uint(of[j]);
+      const float(&x)[4] = s[j / 2][c];
+      const bool seen = x[j % 2 * 2] != MINUS_INFINITY || x[j % 2 * 2 + 1] != MINUS_INFINITY;
+      most = max(most, seen && bits < 0x7f800000u ? bits : 0);
     }
-#pragma unroll
-    for (int k = 4; k < 32; k *= 2) most = max(most, __shfl_xor_sync(~0u, most, k));
-    return int(most >> 23);
+    return int(__reduce_max_sync(~0u, most) >> 23);
   }
 };
 
-// What brings O from the lane's two rows' old maxima, and exponents, to the new ones.
-__device__ __forceinline__ void grow(WarpState& w, int c, const float (&m)[2],
-                                     const int (&exponent)[2]) {
+// Brings l and O of column c from their maxima, and exponent, to the new ones.
+__device__ __forceinline__ void grow(WarpState& w, int c, const float (&m)[2], int exponent) {
   float shrink[2];
+  [[maybe_unused]] float unit = 1.f;
+  if constexpr (kPagedScales) {
+    const int before = w.unit_field(c);
+    w.exponent[c] = exponent;
+    const int field = max(127 + w.unit_field(c) - before, 0);  // 0: below 2^-126
+    unit = __uint_as_float(u32(field) << 23);
+  }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     shrink[i] = weight(w.m[c][i], m[i]);
     w.m[c][i] = m[i];
     w.l[c][i] = __fmul_rn(w.l[c][i], shrink[i]);
-    if constexpr (kPagedScales) {
-      const int before = w.unit_field(c, i);
-      w.exponent[c][i] = exponent[i];
-      const int field = max(127 + w.unit_field(c, i) - before, 0);  // 0: below 2^-126
-      shrink[i] = __fmul_rn(shrink[i], __uint_as_float(u32(field) << 23));
-    }
+    if constexpr (kPagedScales) shrink[i] = __fmul_rn(shrink[i], unit);
   }
   w.scale_sums(c, shrink);
 }
@@ -315,20 +315,20 @@ __device__ __forceinline__ void grow(WarpState& w, int c, const float (&m)[2],
 __device__ __forceinline__ void soften(WarpState& w, Scores& s, Weights& b, float v_scale,
                                        bool clean) {
   float m[kColumns][2];
-  [[maybe_unused]] int exponent[kColumns][2];
+  int exponent[kColumns];
   bool grows = false;
-  const ScaledWeights scaled(v_scale);
+  const ValueScales scales(v_scale);
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       m[c][i] = fmaxf(w.m[c][i], over_keys(s, c, i));
       grows = grows || m[c][i] > w.m[c][i];
-      if constexpr (kPagedScales) {
-        exponent[c][i] = clean ? scaled.exponent : scaled.over_seen(s, c, i);
-        exponent[c][i] = max(exponent[c][i], w.exponent[c][i]);
-        grows = grows || exponent[c][i] > w.exponent[c][i];
-      }
+    }
+    exponent[c] = 0;
+    if constexpr (kPagedScales) {
+      exponent[c] = max(clean ? scales.exponent : scales.over_seen(s, c), w.exponent[c]);
+      grows = grows || exponent[c] > w.exponent[c];
     }
   }
   if (__any_sync(~0u, grows)) {
@@ -338,18 +338,17 @@ __device__ __forceinline__ void soften(WarpState& w, Scores& s, Weights& b, floa
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float base = w.m[c][i] == MINUS_INFINITY ? 0.f : w.m[c][i];
+    for (int j = 0; j < 2 * F::kBlocks; ++j) {
+      // Of a key that no row sees the scale may be NaN.
+      const float scale = kPagedScales ? __fmul_rn(w.unit(c), scales.of[j]) : 1.f;
 #pragma unroll
-      for (int j = 0; j < 2 * F::kBlocks; ++j) {
+      for (int i = 0; i < 2; ++i) {
         float& x = s[j / 2][c][j % 2 * 2 + i];
+        const bool hidden = kPagedScales && !clean && x == MINUS_INFINITY;
+        x = exp2_fast(__fadd_rn(x, w.m[c][i] == MINUS_INFINITY ? 0.f : -w.m[c][i]));
         if constexpr (kPagedScales) {
-          const bool hidden = !clean && x == MINUS_INFINITY;  // its scale may be NaN
-          x = exp2_fast(__fadd_rn(x, -base));
-          w.l[c][i] += x;
-          x = hidden ? 0.f : __fmul_rn(__fmul_rn(x, w.unit(c, i)), scaled.scale[j]);
-        } else {
-          x = exp2_fast(__fadd_rn(x, -base));
+          w.l[c][i] = __fadd_rn(w.l[c][i], x);
+          x = hidden ? 0.f : __fmul_rn(x, scale);
         }
       }
     }
