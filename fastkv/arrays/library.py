@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each library's module gives, and what they share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -55,6 +55,8 @@ class OnDevice:
         strides: a tensor to its strides, counted in elements.
         empty: `(shape, dtype, device index)` to an uninitialized tensor.
         stream: a device index to the handle of the library's current stream there.
+        likeness: GPU tensors to a test that takes as many, and is true only where each has the
+            signature of its counterpart; None where the library has none that is faster.
     """
 
     signature: Callable[[Any], Any]
@@ -62,6 +64,7 @@ class OnDevice:
     strides: Callable[[Any], tuple[int, ...]]
     empty: Callable[[tuple[int, ...], str, int], Any]
     stream: Callable[[int], int]
+    likeness: Callable[[Sequence[Any]], Callable[..., bool]] | None = None
 
 
 @cache

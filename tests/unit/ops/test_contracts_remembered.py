@@ -3,6 +3,7 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,9 +20,31 @@ class Tensor:
         self.metadata = metadata or None
 
 
-@pytest.fixture(autouse=True)
-def signatures(monkeypatch):
-    monkeypatch.setattr("fastkv.contracts.remember.signature", lambda tensor: tensor.metadata)
+def likeness(tensors):
+    """As PyTorch's: a test of other tensors' metadata, which sees what it is called with."""
+    metadata = [tensor.metadata for tensor in tensors]
+    assert None not in metadata
+
+    def alike(*others):
+        if len(others) != len(metadata):
+            raise TypeError("wrong length")
+        return [getattr(other, "metadata", None) for other in others] == metadata
+
+    return alike
+
+
+@pytest.fixture(autouse=True, params=[likeness, lambda tensors: None], ids=["likeness", "keys"])
+def library(request, monkeypatch):
+    """Libraries with and without a test of their own."""
+    asked = []
+
+    def signature(tensor):
+        asked.append(tensor)
+        return getattr(tensor, "metadata", None)
+
+    monkeypatch.setattr("fastkv.contracts.remember.signature", signature)
+    monkeypatch.setattr("fastkv.contracts.remember.likeness", request.param)
+    return SimpleNamespace(asked=asked, has_likeness=request.param is likeness)
 
 
 SPEC = CacheSpec(2, 2, 8, 4, "cache_int8")
@@ -96,6 +119,9 @@ def others():
     yield "no zero points", changed(args, 1, replace(cache, static=scales(k_zp=None, v_zp=None)))
     yield "no static", changed(args, 1, replace(cache, static=None))
     yield "layer", changed(args, 1, replace(cache, layer_id=1))
+    yield "layer False", changed(args, 1, replace(cache, layer_id=False))
+    yield "layer 0.0", changed(args, 1, replace(cache, layer_id=0.0))
+    yield "layer []", changed(args, 1, replace(cache, layer_id=[]))
     yield "spec", changed(args, 1, replace(cache, spec=replace(SPEC)))
     yield "rope.cos", changed(args, 2, Rope(Tensor("other"), Tensor("sin")))
     yield "rope.sin", changed(args, 2, Rope(Tensor("cos"), Tensor("other")))
@@ -111,6 +137,32 @@ def test_another_call_is_checked_anew(args, check, contract):
     first = check(*full_call())
     assert check(*args) is not first
     assert contract.calls == 2
+
+
+def test_a_tensor_that_was_changed_in_place_is_checked_anew(check, contract):
+    # As `resize_`, `set_`, `transpose_` and `.data =` do: the objects are the same.
+    args = full_call()
+    cache = args[1]
+    first = check(*args)
+    for tensor in (args[0], cache.k, cache.v_scale, cache.static.k_zp, args[2].sin):
+        old, tensor.metadata = tensor.metadata, ("changed",)
+        assert check(*args) is not first
+        tensor.metadata = old
+        assert check(*args) is first
+    assert contract.calls == 6
+
+
+def test_the_last_few_metadata_are_found_without_a_key(check, library, contract):
+    shapes = ["a", "b", "c", "d"]
+    first = {shape: check(Tensor(shape)) for shape in shapes}
+    library.asked.clear()
+    for shape in shapes * 2:
+        assert check(Tensor(shape)) is first[shape]
+    assert len(library.asked) == (0 if library.has_likeness else 8)
+    check(Tensor("e"))
+    check(Tensor("a"))  # the oldest went
+    assert check(Tensor("d")) is first["d"]
+    assert contract.calls == 5
 
 
 def test_an_absent_tensor_hides_none_behind_it(check, contract):
@@ -131,6 +183,14 @@ def test_a_spec_lives_as_long_as_its_entry(check):
     assert sys.getrefcount(spec) == before
 
 
+def test_what_is_forgotten_is_not_found_by_its_metadata(check, contract, monkeypatch):
+    monkeypatch.setattr("fastkv.contracts.remember._MOST", 1)
+    first = check(Tensor("a"), 1)
+    check(Tensor("a"), 2)
+    assert check(Tensor("a"), 1) is not first
+    assert contract.calls == 3
+
+
 def on_the_cpu():
     args = full_call()
     cache = args[1]
@@ -141,6 +201,7 @@ def on_the_cpu():
         yield changed(args, 1, replace(cache, static=scales(**{name: Tensor()})))
     yield changed(args, 1, replace(cache, static=Tensor("no StaticScales")))
     yield changed(args, 2, Rope(Tensor("cos"), Tensor()))
+    yield changed(args, 1, replace(cache, layer_id=[]))
 
 
 @pytest.mark.parametrize("args", list(on_the_cpu()))
