@@ -12,7 +12,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from fastkv.arrays.library import ArrayInfo, Library, OnDevice, numpy_dtype
+from fastkv.arrays.library import ArrayInfo, Library, OnDevice, gpu_index, numpy_dtype
 from fastkv.dtypes import ITEMSIZE
 from fastkv.errors import DtypeError, PlacementError, ReadOnlyError, unknown_name
 from fastkv.optional import require
@@ -27,6 +27,7 @@ __all__ = [
     "convert",
     "describe",
     "from_host",
+    "gpu_index",
     "likeness",
     "numpy_dtype",
     "on_device",

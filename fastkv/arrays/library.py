@@ -129,6 +129,12 @@ def not_strided(op: str, argument: str, got: str, hint: str) -> UnsupportedError
     )
 
 
+@cache
+def gpu_index(device: str) -> int | None:
+    """N of a description's `cuda:N`; None for a device that is no NVIDIA GPU."""
+    return int(device[5:]) if device.startswith("cuda") else None
+
+
 def cuda_index(op: str, library: str, device: str) -> int:
     """N of `cuda:N`; plain `cuda` is 0."""
     kind, _, index = device.partition(":")

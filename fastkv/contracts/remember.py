@@ -32,77 +32,87 @@ _FOREIGN = object()
 
 
 class _Known(NamedTuple):
-    """A check that passed.
-
-    Attributes:
-        checker: its result.
-        alike: whether tensors have the same metadata; None where the library has no such test.
-        specs: kept as long as the entry, since the key holds their ids.
-    """
+    """A check that passed, and the specs whose ids are in its key: they live as long."""
 
     checker: "Checker"
-    alike: Callable[..., bool] | None
     specs: list[Any]
+
+
+# Tests of tensors' metadata, and what each stands for; the newest first.
+_Recent = tuple[tuple[Callable[..., bool], _Known], ...]
 
 
 def remembered(contract: "Callable[..., Checker]") -> "Callable[..., Checker]":
     """Decorate a contract, which takes positional arguments only."""
     known: dict[Any, _Known] = {}
-    recent: dict[Any, tuple[_Known, ...]] = {}
+    recent: dict[Any, _Recent] = {}
 
     @wraps(contract)
     def check(*args: Any) -> "Checker":
         structure, tensors = _split(args)
-        latest = recent.get(structure, ())
-        for found in latest:
-            if found.alike is not None and found.alike(*tensors):
-                return found.checker
+        found = _first_alike(recent.get(structure, ()), tensors)
+        if found is None and len(set(map(id, tensors))) < len(tensors):
+            structure, tensors = _once(structure, tensors)
+            found = _first_alike(recent.get(structure, ()), tensors)
+        if found is not None:
+            return found.checker
         signatures = [signature(tensor) for tensor in tensors]
         if None in signatures:
             return contract(*args)
         key = (structure, *signatures)
-        entry = known.get(key)
-        if entry is None:
+        found = known.get(key)
+        if found is None:
             if len(known) >= _MOST:
                 known.clear()
                 recent.clear()
-                latest = ()
             specs = [arg.spec for arg in args if type(arg) is LayerCache]
-            entry = known[key] = _Known(contract(*args), likeness(tensors), specs)
-        if entry.alike is not None:
-            recent[structure] = (entry, *latest[: _RECENT - 1])
-        return entry.checker
+            found = known[key] = _Known(contract(*args), specs)
+        # Made anew for a known key too: PyTorch's test also sees its modes, inference_mode say.
+        test = likeness(tensors)
+        if test is not None:
+            recent[structure] = ((test, found), *recent.get(structure, ())[: _RECENT - 1])
+        return found.checker
 
     return check
 
 
+def _first_alike(recent: _Recent, tensors: list[Any]) -> _Known | None:
+    for alike, found in recent:
+        if alike(*tensors):
+            return found
+    return None
+
+
 def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:
-    """All that is no tensor, hashable, with a mark where one stands; and the tensors in order."""
+    """A hashable of all that is no tensor, with a mark for each; and the tensors in order."""
     structure: list[Any] = []
     tensors: list[Any] = []
     for arg in args:
         kind = type(arg)
         if arg is None:
             structure.append(None)
-        elif kind in _VALUES:
-            structure += kind, arg  # 1, 1.0 and True are one key, and not one contract
         elif kind is LayerCache:
-            structure += kind, id(arg.spec)
-            structure.append(arg.layer_id if type(arg.layer_id) is int else None)
-            if structure[-1] is None:  # True equals 1, and a list has no hash
-                tensors.append(_FOREIGN)
-            _add(structure, tensors, (arg.k, arg.v, arg.k_scale, arg.v_scale))
-            _add_static(structure, tensors, arg.static)
+            _add_cache(structure, tensors, arg)
         elif kind is Rope:
             structure.append(kind)
             _add(structure, tensors, (arg.cos, arg.sin))
+        elif kind in _VALUES:
+            structure.append(kind)  # 1, 1.0 and True are one key, and not one contract
+            structure.append(arg)
         else:
             structure.append(...)
             tensors.append(arg)
     return tuple(structure), tensors
 
 
-def _add_static(structure: list[Any], tensors: list[Any], static: Any) -> None:
+def _add_cache(structure: list[Any], tensors: list[Any], cache: LayerCache) -> None:
+    layer_id, static = cache.layer_id, cache.static
+    structure.append(id(cache.spec))
+    if type(layer_id) is int:
+        structure.append(layer_id)
+    else:  # True equals 1, and a list has no hash
+        _add(structure, tensors, (_FOREIGN,))
+    _add(structure, tensors, (cache.k, cache.v, cache.k_scale, cache.v_scale))
     if type(static) is StaticScales:
         structure.append(StaticScales)
         scales = (static.k_quant, static.k_dequant, static.v_quant, static.v_dequant)
@@ -118,3 +128,10 @@ def _add(structure: list[Any], tensors: list[Any], fields: tuple[Any, ...]) -> N
         else:
             structure.append(...)
             tensors.append(tensor)
+
+
+def _once(structure: tuple[Any, ...], tensors: list[Any]) -> tuple[tuple[Any, ...], list[Any]]:
+    """Each tensor once, and the places of all: PyTorch's test is False where one comes twice."""
+    places = {id(tensor): place for place, tensor in enumerate(tensors)}
+    pattern = [places[id(tensor)] for tensor in tensors]
+    return (*structure, *pattern), [tensors[place] for place in places.values()]
