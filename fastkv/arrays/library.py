@@ -53,7 +53,7 @@ class OnDevice:
             on; None for a tensor on the CPU.
         pointer: a tensor to its address.
         strides: a tensor to its strides, counted in elements.
-        empty: `(shape, dtype, device index)` to an uninitialized tensor.
+        maker: `(shape, dtype, device index)` to what makes uninitialized, dense tensors.
         stream: a device index to the handle of the library's current stream there.
         likeness: GPU tensors to a test that takes as many, and is true only where each has the
             signature of its counterpart; None where the library has none that is faster.
@@ -62,7 +62,7 @@ class OnDevice:
     signature: Callable[[Any], Any]
     pointer: Callable[[Any], int]
     strides: Callable[[Any], tuple[int, ...]]
-    empty: Callable[[tuple[int, ...], str, int], Any]
+    maker: Callable[[tuple[int, ...], str, int], Callable[[], Any]]
     stream: Callable[[int], int]
     likeness: Callable[[Sequence[Any]], Callable[..., bool]] | None = None
 

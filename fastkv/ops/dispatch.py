@@ -41,17 +41,25 @@ def result(checker: "Checker", shape: tuple[str, ...], dtype: str, *, needed: bo
         needed: whether the caller's caller gets it. The reference always writes it; a kernel
             does without, and gets None.
     """
-    first = checker.first
-    assert first is not None, "a contract describes at least one tensor"
-    index = arrays.gpu_index(first.device)
-    if index is not None and not needed:
+    assert checker.first is not None, "a contract describes at least one tensor"
+    if not needed and arrays.gpu_index(checker.first.device) is not None:
         return None
-    sizes = tuple([checker.sizes[symbol] for symbol in shape])
+    make = checker.makers.get((shape, dtype))
+    if make is None:
+        make = checker.makers[shape, dtype] = _maker(checker, checker.first, shape, dtype)
+    return make()
+
+
+def _maker(
+    checker: "Checker", first: arrays.ArrayInfo, shape: tuple[str, ...], dtype: str
+) -> Callable[[], Any]:
+    sizes = tuple(checker.sizes[symbol] for symbol in shape)
+    index = arrays.gpu_index(first.device)
     if index is not None:
-        return arrays.on_device(first.library).empty(sizes, dtype, index)
+        return arrays.on_device(first.library).maker(sizes, dtype, index)
     if first.device != "cpu":
         raise _no_kernels(checker, first.device)  # before allocating on it
-    return arrays.zeros_like(first, sizes, dtype)
+    return partial(arrays.zeros_like, first, sizes, dtype)
 
 
 def zeros_beside(like: Any, shape: tuple[int, ...]) -> Any:
