@@ -3,7 +3,6 @@
 
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -20,31 +19,37 @@ class Tensor:
         self.metadata = metadata or None
 
 
-def likeness(tensors):
-    """As PyTorch's: a test of other tensors' metadata, which sees what it is called with."""
-    metadata = [tensor.metadata for tensor in tensors]
-    assert None not in metadata
+class Library:
+    """A library's metadata; with a test of them as PyTorch's, where `tests` is set."""
 
-    def alike(*others):
-        if len(others) != len(metadata):
-            raise TypeError("wrong length")
-        return [getattr(other, "metadata", None) for other in others] == metadata
+    def __init__(self, tests):
+        self.tests, self.mode, self.asked = tests, "grad", []
 
-    return alike
-
-
-@pytest.fixture(autouse=True, params=[likeness, lambda tensors: None], ids=["likeness", "keys"])
-def library(request, monkeypatch):
-    """Libraries with and without a test of their own."""
-    asked = []
-
-    def signature(tensor):
-        asked.append(tensor)
+    def signature(self, tensor):
+        self.asked.append(tensor)
         return getattr(tensor, "metadata", None)
 
-    monkeypatch.setattr("fastkv.contracts.remember.signature", signature)
-    monkeypatch.setattr("fastkv.contracts.remember.likeness", request.param)
-    return SimpleNamespace(asked=asked, has_likeness=request.param is likeness)
+    def likeness(self, tensors):
+        """Also of the mode; false where one tensor comes twice."""
+        mode, metadata = self.mode, [tensor.metadata for tensor in tensors]
+        assert None not in metadata
+
+        def alike(*others):
+            assert len(others) == len(metadata), "PyTorch raises"
+            once = len(set(map(id, others))) == len(others)
+            found = [getattr(other, "metadata", None) for other in others]
+            return once and self.mode == mode and found == metadata
+
+        return alike if self.tests else None
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["tests", "keys"])
+def library(request, monkeypatch):
+    """Libraries with and without a test of their own."""
+    found = Library(request.param)
+    monkeypatch.setattr("fastkv.contracts.remember.signature", found.signature)
+    monkeypatch.setattr("fastkv.contracts.remember.likeness", found.likeness)
+    return found
 
 
 SPEC = CacheSpec(2, 2, 8, 4, "cache_int8")
@@ -158,11 +163,41 @@ def test_the_last_few_metadata_are_found_without_a_key(check, library, contract)
     library.asked.clear()
     for shape in shapes * 2:
         assert check(Tensor(shape)) is first[shape]
-    assert len(library.asked) == (0 if library.has_likeness else 8)
+    assert len(library.asked) == (0 if library.tests else 8)
     check(Tensor("e"))
     check(Tensor("a"))  # the oldest went
     assert check(Tensor("d")) is first["d"]
     assert contract.calls == 5
+
+
+def keys_made(library, check, *args):
+    """How many of some calls made a key."""
+    before = len(library.asked)
+    for _ in range(3):
+        check(*args)
+    return (len(library.asked) - before) // len({id(arg) for arg in args if type(arg) is Tensor})
+
+
+def test_a_tensor_that_comes_twice(check, library, contract):
+    one, other = Tensor("sums"), Tensor("sums")
+    assert keys_made(library, check, one, other) == (1 if library.tests else 3)
+    assert keys_made(library, check, one, one) == (1 if library.tests else 3)
+    assert keys_made(library, check, other, other) == (0 if library.tests else 3)
+    # Which of them are the same decides which metadata are compared.
+    a, b = Tensor("a"), Tensor("b")
+    found = [check(*args) for args in ((a, a, b), (a, b, b), (a, b, a), (b, a, a), (a, b, None))]
+    assert len({id(checker) for checker in found}) == 5
+    assert contract.calls == 7
+
+
+def test_in_another_mode_the_same_check_is_found_and_soon_without_a_key(check, library, contract):
+    first = check(Tensor("q"))
+    library.mode = "inference"
+    assert keys_made(library, check, Tensor("q")) == (1 if library.tests else 3)
+    library.mode = "grad"
+    assert keys_made(library, check, Tensor("q")) == (0 if library.tests else 3)
+    assert check(Tensor("q")) is first
+    assert contract.calls == 1
 
 
 def test_an_absent_tensor_hides_none_behind_it(check, contract):
