@@ -113,12 +113,13 @@ def _add_cache(structure: list[Any], tensors: list[Any], cache: LayerCache) -> N
     else:  # True equals 1, and a list has no hash
         _add(structure, tensors, (_FOREIGN,))
     _add(structure, tensors, (cache.k, cache.v, cache.k_scale, cache.v_scale))
-    if type(static) is StaticScales:
-        structure.append(StaticScales)
+    if static is None:
+        structure.append(None)
+    elif type(static) is StaticScales:  # whose k_quant is there
         scales = (static.k_quant, static.k_dequant, static.v_quant, static.v_dequant)
         _add(structure, tensors, (*scales, static.k_zp, static.v_zp))
     else:
-        _add(structure, tensors, (None if static is None else _FOREIGN,))
+        _add(structure, tensors, (_FOREIGN,))
 
 
 def _add(structure: list[Any], tensors: list[Any], fields: tuple[Any, ...]) -> None:

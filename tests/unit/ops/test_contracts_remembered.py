@@ -140,8 +140,11 @@ def others():
 @pytest.mark.parametrize("args", [args for _, args in others()], ids=[name for name, _ in others()])
 def test_another_call_is_checked_anew(args, check, contract):
     first = check(*full_call())
-    assert check(*args) is not first
+    second = check(*args)
+    assert second is not first
     assert contract.calls == 2
+    if type(args[1].layer_id) is int:
+        assert check(*args) is second
 
 
 def test_a_tensor_that_was_changed_in_place_is_checked_anew(check, contract):
@@ -198,6 +201,11 @@ def test_in_another_mode_the_same_check_is_found_and_soon_without_a_key(check, l
     assert keys_made(library, check, Tensor("q")) == (0 if library.tests else 3)
     assert check(Tensor("q")) is first
     assert contract.calls == 1
+
+
+def test_an_incomplete_rope_is_not_taken_for_none_and_a_rope_behind_it(check):
+    first = check(None, Rope(Tensor("table"), Tensor("table")))
+    assert check(Rope(None, Tensor("table")), Tensor("table")) is not first
 
 
 def test_an_absent_tensor_hides_none_behind_it(check, contract):
