@@ -7,11 +7,12 @@ strides, so that bfloat16 and float8 (which NumPy's DLPack import refuses) and s
 alike, and a write through the view is a write into the caller's tensor.
 """
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from fastkv.arrays.library import ArrayInfo, Library, OnDevice, numpy_dtype
+from fastkv.arrays.library import ArrayInfo, Library, OnDevice, gpu_index, numpy_dtype
 from fastkv.dtypes import ITEMSIZE
 from fastkv.errors import DtypeError, PlacementError, ReadOnlyError, unknown_name
 from fastkv.optional import require
@@ -26,6 +27,8 @@ __all__ = [
     "convert",
     "describe",
     "from_host",
+    "gpu_index",
+    "likeness",
     "numpy_dtype",
     "on_device",
     "signature",
@@ -108,6 +111,22 @@ def signature(array: Any) -> Any:
     if library is None or library.on_device is None:
         return None  # never met: `describe` has the errors
     return library.on_device.signature(array)
+
+
+def likeness(tensors: Sequence[Any]) -> Callable[..., bool] | None:
+    """What tells in one call whether other GPU tensors have the metadata of these, in order.
+
+    It is true of no two tensors of different signatures.
+
+    Args:
+        tensors: with a signature each.
+
+    Returns:
+        None where the tensors' library has no such test, or they are of several.
+    """
+    libraries = {_by_type[type(tensor)].on_device for tensor in tensors}
+    found = libraries.pop() if len(libraries) == 1 else None
+    return None if found is None or found.likeness is None else found.likeness(tensors)
 
 
 def on_device(library: str) -> OnDevice:

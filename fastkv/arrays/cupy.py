@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CuPy arrays."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -55,11 +56,16 @@ def _strides(array: Any) -> tuple[int, ...]:
     return tuple(stride // array.itemsize for stride in array.strides)
 
 
-def _empty(shape: tuple[int, ...], dtype: str, index: int) -> Any:
-    if index == cupy.cuda.runtime.getDevice():
-        return cupy.empty(shape, _storage(dtype))
-    with cupy.cuda.Device(index):
-        return cupy.empty(shape, _storage(dtype))
+def _maker(shape: tuple[int, ...], dtype: str, index: int) -> Callable[[], Any]:
+    storage = _storage(dtype)
+
+    def make() -> Any:
+        if index == cupy.cuda.runtime.getDevice():
+            return cupy.empty(shape, storage)
+        with cupy.cuda.Device(index):
+            return cupy.empty(shape, storage)
+
+    return make
 
 
 def _stream(index: int) -> int:
@@ -71,5 +77,5 @@ LIBRARY = Library(
     _zeros,
     _to_host,
     _from_host,
-    OnDevice(_signature, _pointer, _strides, _empty, _stream),
+    OnDevice(_signature, _pointer, _strides, _maker, _stream),
 )

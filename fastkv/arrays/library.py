@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each library's module gives, and what they share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,15 +53,18 @@ class OnDevice:
             on; None for a tensor on the CPU.
         pointer: a tensor to its address.
         strides: a tensor to its strides, counted in elements.
-        empty: `(shape, dtype, device index)` to an uninitialized tensor.
+        maker: `(shape, dtype, device index)` to what makes uninitialized, dense tensors.
         stream: a device index to the handle of the library's current stream there.
+        likeness: GPU tensors to a test that takes as many, and is true only where each has the
+            signature of its counterpart; None where the library has none that is faster.
     """
 
     signature: Callable[[Any], Any]
     pointer: Callable[[Any], int]
     strides: Callable[[Any], tuple[int, ...]]
-    empty: Callable[[tuple[int, ...], str, int], Any]
+    maker: Callable[[tuple[int, ...], str, int], Callable[[], Any]]
     stream: Callable[[int], int]
+    likeness: Callable[[Sequence[Any]], Callable[..., bool]] | None = None
 
 
 @cache
@@ -124,6 +127,12 @@ def not_strided(op: str, argument: str, got: str, hint: str) -> UnsupportedError
     return UnsupportedError(
         op, argument, expected="a tensor whose elements lie at strides", got=got, hint=hint
     )
+
+
+@cache
+def gpu_index(device: str) -> int | None:
+    """N of a description's `cuda:N`; None for a device that is no NVIDIA GPU."""
+    return int(device[5:]) if device.startswith("cuda") else None
 
 
 def cuda_index(op: str, library: str, device: str) -> int:

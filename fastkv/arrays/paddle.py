@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paddle tensors."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import paddle
@@ -96,10 +97,9 @@ def _strides(array: Any) -> tuple[int, ...]:
     return tuple(array.strides)
 
 
-def _empty(shape: tuple[int, ...], dtype: str, index: int) -> Any:
-    raw = _RAW[ITEMSIZE[dtype]]
-    made = paddle.empty(list(shape), dtype=raw, device=paddle.CUDAPlace(index))
-    return _as(dtype, raw, made)
+def _maker(shape: tuple[int, ...], dtype: str, index: int) -> Callable[[], Any]:
+    raw, place = _RAW[ITEMSIZE[dtype]], paddle.CUDAPlace(index)
+    return lambda: _as(dtype, raw, paddle.empty(list(shape), dtype=raw, device=place))
 
 
 def _stream(index: int) -> int:
@@ -111,5 +111,5 @@ LIBRARY = Library(
     _zeros,
     _to_host,
     _from_host,
-    OnDevice(_signature, _pointer, _strides, _empty, _stream),
+    OnDevice(_signature, _pointer, _strides, _maker, _stream),
 )

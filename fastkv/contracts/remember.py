@@ -4,13 +4,16 @@
 An engine makes the same call for each layer and step; comparing a dozen shapes anew would cost
 more than the launch. What a contract can see of its arguments is the key, so a remembered check
 is never one of another call. Calls with a tensor on the CPU, and faulty ones, are checked anew.
+
+Tensors are mutable: `resize_` or `transpose_` changes one that stays the same object. So no
+identity stands for a tensor's metadata, in a layer's cache neither: each call looks at all of it.
 """
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastkv.arrays import signature
+from fastkv.arrays import likeness, signature
 from fastkv.cache import LayerCache
 from fastkv.rope import Rope
 from fastkv.scales import StaticScales
@@ -20,67 +23,116 @@ if TYPE_CHECKING:
 
 # Batches come in many sizes; past this many all are forgotten, and checked again.
 _MOST = 4096
-_VALUES = frozenset({type(None), bool, int, float, str})
+# Of one structure, the metadata that are compared before the key is made: a step's prefill and
+# decode rows, and a few more.
+_RECENT = 4
+_VALUES = frozenset({bool, int, float, str})
+# Has no signature: stands for what a key cannot hold, so that the call is not remembered.
+_FOREIGN = object()
+
+
+class _Known(NamedTuple):
+    """A check that passed, and the specs whose ids are in its key: they live as long."""
+
+    checker: "Checker"
+    specs: list[Any]
+
+
+# Tests of tensors' metadata, and what each stands for; the newest first.
+_Recent = tuple[tuple[Callable[..., bool], _Known], ...]
 
 
 def remembered(contract: "Callable[..., Checker]") -> "Callable[..., Checker]":
     """Decorate a contract, which takes positional arguments only."""
-    known: dict[Any, tuple[Checker, Any]] = {}
+    known: dict[Any, _Known] = {}
+    recent: dict[Any, _Recent] = {}
 
     @wraps(contract)
     def check(*args: Any) -> "Checker":
-        key = _key(args)
-        if key is None:
+        structure, tensors = _split(args)
+        found = _first_alike(recent.get(structure, ()), tensors)
+        if found is None and len(set(map(id, tensors))) < len(tensors):
+            structure, tensors = _once(structure, tensors)
+            found = _first_alike(recent.get(structure, ()), tensors)
+        if found is not None:
+            return found.checker
+        signatures = [signature(tensor) for tensor in tensors]
+        if None in signatures:
             return contract(*args)
+        key = (structure, *signatures)
         found = known.get(key)
         if found is None:
             if len(known) >= _MOST:
                 known.clear()
-            # The specs live as long as their entry: the key holds their ids.
+                recent.clear()
             specs = [arg.spec for arg in args if type(arg) is LayerCache]
-            found = known[key] = (contract(*args), specs)
-        return found[0]
+            found = known[key] = _Known(contract(*args), specs)
+        # Made anew for a known key too: PyTorch's test also sees its modes, inference_mode say.
+        test = likeness(tensors)
+        if test is not None:
+            recent[structure] = ((test, found), *recent.get(structure, ())[: _RECENT - 1])
+        return found.checker
 
     return check
 
 
-def _key(args: tuple[Any, ...]) -> Any:
-    """A hashable of all that a contract can see; None where one of the tensors has none."""
-    parts: list[Any] = []
+def _first_alike(recent: _Recent, tensors: list[Any]) -> _Known | None:
+    for alike, found in recent:
+        if alike(*tensors):
+            return found
+    return None
+
+
+def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:
+    """A hashable of all that is no tensor, with a mark for each; and the tensors in order."""
+    structure: list[Any] = []
+    tensors: list[Any] = []
     for arg in args:
         kind = type(arg)
-        if kind in _VALUES:
-            parts.append(kind)  # 1, 1.0 and True are one key, and not one contract
-            parts.append(arg)
+        if arg is None:
+            structure.append(None)
         elif kind is LayerCache:
-            parts.append(id(arg.spec))
-            parts.append(arg.layer_id)
-            if not _add(parts, (arg.k, arg.v, arg.k_scale, arg.v_scale)):
-                return None
-            if arg.static is not None and not _add_static(parts, arg.static):
-                return None
+            _add_cache(structure, tensors, arg)
         elif kind is Rope:
-            if not _add(parts, (arg.cos, arg.sin)):
-                return None
-        elif not _add(parts, (arg,)):
-            return None
-    return tuple(parts)
+            structure.append(kind)
+            _add(structure, tensors, (arg.cos, arg.sin))
+        elif kind in _VALUES:
+            structure.append(kind)  # 1, 1.0 and True are one key, and not one contract
+            structure.append(arg)
+        else:
+            structure.append(...)
+            tensors.append(arg)
+    return tuple(structure), tensors
 
 
-def _add_static(parts: list[Any], static: Any) -> bool:
-    if type(static) is not StaticScales:
-        return False
-    scales = (static.k_quant, static.k_dequant, static.v_quant, static.v_dequant)
-    return _add(parts, scales) and _add(parts, (static.k_zp, static.v_zp))
+def _add_cache(structure: list[Any], tensors: list[Any], cache: LayerCache) -> None:
+    layer_id, static = cache.layer_id, cache.static
+    structure.append(id(cache.spec))
+    if type(layer_id) is int:
+        structure.append(layer_id)
+    else:  # True equals 1, and a list has no hash
+        _add(structure, tensors, (_FOREIGN,))
+    _add(structure, tensors, (cache.k, cache.v, cache.k_scale, cache.v_scale))
+    if static is None:
+        structure.append(None)
+    elif type(static) is StaticScales:  # whose k_quant is there
+        scales = (static.k_quant, static.k_dequant, static.v_quant, static.v_dequant)
+        _add(structure, tensors, (*scales, static.k_zp, static.v_zp))
+    else:
+        _add(structure, tensors, (_FOREIGN,))
 
 
-def _add(parts: list[Any], tensors: tuple[Any, ...]) -> bool:
-    for tensor in tensors:
+def _add(structure: list[Any], tensors: list[Any], fields: tuple[Any, ...]) -> None:
+    for tensor in fields:
         if tensor is None:
-            parts.append(None)
-            continue
-        key = signature(tensor)
-        if key is None:
-            return False
-        parts.append(key)
-    return True
+            structure.append(None)
+        else:
+            structure.append(...)
+            tensors.append(tensor)
+
+
+def _once(structure: tuple[Any, ...], tensors: list[Any]) -> tuple[tuple[Any, ...], list[Any]]:
+    """Each tensor once, and the places of all: PyTorch's test is False where one comes twice."""
+    places = {id(tensor): place for place, tensor in enumerate(tensors)}
+    pattern = [places[id(tensor)] for tensor in tensors]
+    return (*structure, *pattern), [tensors[place] for place in places.values()]

@@ -5,6 +5,7 @@ A `Rule` spells a tensor's shape in symbols (T, B, Hq, ...). A `Checker` binds e
 first size it meets and holds every later tensor of the call to it.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastkv.arrays import ArrayInfo, describe
@@ -39,6 +40,7 @@ class Checker:
         first: the first tensor's description: library and device of the call.
         prepared: what an implementation derived from the metadata of a call that passed, and
             wants back at the next call of the same metadata.
+        makers: likewise, what makes the call's results, by shape in symbols and dtype.
     """
 
     def __init__(self, op: str, quant: "QuantSpec | None" = None, **sizes: int) -> None:
@@ -47,6 +49,7 @@ class Checker:
         self.sizes = sizes
         self.first: ArrayInfo | None = None
         self.prepared: Any = None
+        self.makers: dict[tuple[tuple[str, ...], str], Callable[[], Any]] = {}
         self._first_name = ""
         self._dtypes: dict[str, str] = {}
 

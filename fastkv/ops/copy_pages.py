@@ -25,4 +25,4 @@ def copy_pages(cache: "LayerCache", src: Any, dst: Any) -> None:
     """
     call = calls.copy_pages(cache, src, dst)
     if call.sizes["n"]:
-        dispatch.run(call, cache, src, dst)
+        dispatch.runner(call)(cache, src, dst)

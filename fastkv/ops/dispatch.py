@@ -3,7 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +18,15 @@ if TYPE_CHECKING:
     from fastkv.contracts.tensors import Checker
 
 
-def run(checker: "Checker", *args: Any, **kwargs: Any) -> None:
-    """Run the op of a checked call; it writes its results into the tensors it is given."""
+def runner(checker: "Checker") -> Callable[..., None]:
+    """What runs the op of a checked call; it writes its results into the tensors it is given."""
     assert checker.first is not None, "a contract describes at least one tensor"
     device = checker.first.device
+    if arrays.gpu_index(device) is not None:
+        return partial(_function("cuda", checker.op), checker)
     if device == "cpu":
-        hosts = {name: _host(value) for name, value in kwargs.items()}
-        _function("reference", checker.op)(*map(_host, args), **hosts)
-    elif device.startswith("cuda"):
-        _function("cuda", checker.op)(checker, *args, **kwargs)
-    else:
-        raise _no_kernels(checker, device)
+        return partial(_on_host, _function("reference", checker.op))
+    raise _no_kernels(checker, device)
 
 
 def result(checker: "Checker", shape: tuple[str, ...], dtype: str, *, needed: bool = True) -> Any:
@@ -43,16 +41,25 @@ def result(checker: "Checker", shape: tuple[str, ...], dtype: str, *, needed: bo
         needed: whether the caller's caller gets it. The reference always writes it; a kernel
             does without, and gets None.
     """
-    first = checker.first
-    assert first is not None, "a contract describes at least one tensor"
-    sizes = tuple([checker.sizes[symbol] for symbol in shape])
-    if first.device == "cpu":
-        return arrays.zeros_like(first, sizes, dtype)
-    if not first.device.startswith("cuda"):
-        raise _no_kernels(checker, first.device)  # before allocating on it
-    if not needed:
+    assert checker.first is not None, "a contract describes at least one tensor"
+    if not needed and arrays.gpu_index(checker.first.device) is not None:
         return None
-    return arrays.on_device(first.library).empty(sizes, dtype, int(first.device[5:]))
+    make = checker.makers.get((shape, dtype))
+    if make is None:
+        make = checker.makers[shape, dtype] = _maker(checker, checker.first, shape, dtype)
+    return make()
+
+
+def _maker(
+    checker: "Checker", first: arrays.ArrayInfo, shape: tuple[str, ...], dtype: str
+) -> Callable[[], Any]:
+    sizes = tuple(checker.sizes[symbol] for symbol in shape)
+    index = arrays.gpu_index(first.device)
+    if index is not None:
+        return arrays.on_device(first.library).maker(sizes, dtype, index)
+    if first.device != "cpu":
+        raise _no_kernels(checker, first.device)  # before allocating on it
+    return partial(arrays.zeros_like, first, sizes, dtype)
 
 
 def zeros_beside(like: Any, shape: tuple[int, ...]) -> Any:
@@ -77,7 +84,8 @@ def require_kernel(checker: "Checker") -> None:
     """Refuse a call on a GPU for which the kernels lack the op, before anything is allocated."""
     assert checker.first is not None, "a contract describes at least one tensor"
     device = checker.first.device
-    reason = KERNELS["cuda"].lacks.get(checker.op) if device.startswith("cuda") else None
+    on_gpu = arrays.gpu_index(device) is not None
+    reason = KERNELS["cuda"].lacks.get(checker.op) if on_gpu else None
     if reason is not None:
         raise UnsupportedError(
             checker.op,
@@ -103,6 +111,10 @@ def _no_kernels(checker: "Checker", device: str) -> UnsupportedError:
         got=device,
         hint="A tensor elsewhere never runs on the reference; move it yourself to run there.",
     )
+
+
+def _on_host(function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    function(*map(_host, args), **{name: _host(value) for name, value in kwargs.items()})
 
 
 def _host(value: Any) -> Any:

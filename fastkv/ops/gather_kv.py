@@ -39,8 +39,7 @@ def gather_kv(
     call = calls.gather_kv(cache, cache_seqlens, block_table, cu_seqlens_k, out_k, out_v)
     if not call.sizes["B"] or not call.sizes["Tk"]:
         return
-    dispatch.run(
-        call,
+    dispatch.runner(call)(
         cache,
         cache_seqlens=cache_seqlens,
         block_table=block_table,

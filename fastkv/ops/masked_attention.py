@@ -60,8 +60,7 @@ def masked_attention(
     out = dispatch.result(call, ("T", "Hq", "D"), call.dtype("q")) if out is None else out
     lse = dispatch.result(call, ("T", "Hq"), "float32", needed=return_lse)
     if call.sizes["T"]:
-        dispatch.run(
-            call,
+        dispatch.runner(call)(
             q,
             k,
             v,

@@ -31,5 +31,5 @@ def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, A
     out = dispatch.result(call, ("T", "Hq", "D"), call.dtype("out_a"))
     lse = dispatch.result(call, ("T", "Hq"), "float32")
     if call.sizes["T"]:
-        dispatch.run(call, out_a, lse_a, out_b, lse_b, out=out, lse=lse)
+        dispatch.runner(call)(out_a, lse_a, out_b, lse_b, out=out, lse=lse)
     return out, lse

@@ -82,8 +82,7 @@ def rope_write_kv(
     k = dispatch.result(call, ("T", "Hkv", "D"), dtype) if return_kv else None
     v = dispatch.result(call, ("T", "Hkv", "D"), dtype) if return_kv else None
     if call.sizes["T"]:
-        dispatch.run(
-            call,
+        dispatch.runner(call)(
             qkv,
             cache,
             cu_seqlens_q=cu_seqlens_q,

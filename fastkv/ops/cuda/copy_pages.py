@@ -1,58 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """`copy_pages` on a GPU: one launch of kernels/copy_pages.cu."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from fastkv.arrays.library import OnDevice
 from fastkv.cache import LayerCache
 from fastkv.dtypes import ITEMSIZE
-from fastkv.ops.cuda import faults, jit, serve, tensors
-from fastkv.ops.cuda.launch import INT32, INT64, POINTER, Kernel, completed, kernel
+from fastkv.ops.cuda import jit, serve, tensors
+from fastkv.ops.cuda.launch import INT32, INT64, POINTER, completed, kernel
+from fastkv.ops.cuda.plan import Plan
 from fastkv.ops.cuda.tensors import VECTOR, Blob
 
 if TYPE_CHECKING:
     from fastkv.contracts.tensors import Checker
 
 _THREADS, _UNROLL = 256, 4
-
-
-class _Plan(NamedTuple):
-    """What a call's metadata decides."""
-
-    kernel: Kernel
-    device: int
-    grid: int
-    on_device: OnDevice
-    constants: bytes
+# The parameter struct's first pointers, which the kernel reads or writes in vectors.
+_ALIGNED = ("cache.k", "cache.v")
 
 
 def copy_pages(checker: "Checker", cache: LayerCache, src: Any, dst: Any) -> None:
     """Copy page `src[i]` to page `dst[i]` in every tensor of the layer."""
-    plan = checker.prepared
+    plan: Plan = checker.prepared
     if plan is None:
         tensors.require_contiguous(checker, {"src": src, "dst": dst})
         plan = checker.prepared = _prepare(checker, cache)
-    address = plan.on_device.pointer
-    data = (address(cache.k), address(cache.v))
-    tensors.require_aligned(checker, ("cache.k", "cache.v"), data)
-    stream = plan.on_device.stream(plan.device)
-    noted = faults.word(plan.device, stream)
-    plan.kernel.launch(
-        stream,
-        plan.grid,
-        *data,
-        0 if cache.k_scale is None else address(cache.k_scale),
-        0 if cache.v_scale is None else address(cache.v_scale),
-        address(src),
-        address(dst),
-        noted,
-        plan.constants,
-    )
-    if noted:
-        faults.raise_noted(checker, noted, stream)
+    addresses = plan.addresses((cache.k, cache.v, cache.k_scale, cache.v_scale, src, dst))
+    tensors.require_aligned(checker, _ALIGNED, addresses)
+    plan.launch(checker, plan.stream(), addresses)
 
 
-def _prepare(checker: "Checker", cache: LayerCache) -> _Plan:
+def _prepare(checker: "Checker", cache: LayerCache) -> Plan:
     sizes, spec = checker.sizes, cache.spec
     row_bytes = sizes["D_storage"] * ITEMSIZE[spec.storage_dtype(cache.layer_id)]
     if row_bytes % VECTOR:
@@ -67,9 +44,8 @@ def _prepare(checker: "Checker", cache: LayerCache) -> _Plan:
     scale_bytes = ITEMSIZE[spec.scale_dtype] if cache.quant.needs_paged_scales else 0
     defines = _defines(row_bytes, scale_bytes, tensors.page_shift(checker))
     what = jit.Specialization.of("copy_pages", **defines)
-    return _Plan(
+    return Plan(
         kernel(what, index, _fields(constants.field), _THREADS),
-        index,
         sizes["n"] * parts,
         tensors.library(checker),
         constants.packed,

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`gather_kv` on a GPU: one launch of kernels/gather_kv.cu."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from fastkv.arrays.library import OnDevice
 from fastkv.cache import LayerCache
-from fastkv.ops.cuda import faults, jit, tensors
-from fastkv.ops.cuda.launch import INT32, INT64, POINTER, Kernel, completed, kernel
+from fastkv.ops.cuda import jit, tensors
+from fastkv.ops.cuda.launch import INT32, INT64, POINTER, completed, kernel
+from fastkv.ops.cuda.plan import Plan
 from fastkv.ops.cuda.tensors import CTYPE, Blob
 from fastkv.quant import quant_spec
 
@@ -17,17 +17,6 @@ if TYPE_CHECKING:
 _ALIGNED = ("cache.k", "cache.v", "out_k", "out_v", *tensors.STATIC_ARGUMENTS)
 _OTHERS = 6
 _WARPS = 8  # of a block, a row each
-
-
-class _Plan(NamedTuple):
-    """What a call's metadata decides."""
-
-    kernel: Kernel
-    device: int
-    grid: int
-    on_device: OnDevice
-    static_names: tuple[str | None, ...]
-    constants: bytes
 
 
 def gather_kv(
@@ -41,42 +30,22 @@ def gather_kv(
     out_v: Any,
 ) -> None:
     """Write the cached tokens of every request with a segment into `out_k` and `out_v`."""
-    plan = checker.prepared
+    plan: Plan = checker.prepared
     if plan is None:
         batch = {"cache_seqlens": cache_seqlens, "cu_seqlens_k": cu_seqlens_k}
         tensors.require_contiguous(checker, batch)
         outs = {"out_k": out_k, "out_v": out_v}
         plan = checker.prepared = _prepare(checker, cache, block_table, outs)
-    address = plan.on_device.pointer
-    aligned = (
-        address(cache.k),
-        address(cache.v),
-        address(out_k),
-        address(out_v),
-        *tensors.static_pointers(cache, plan.static_names, address),
-    )
-    tensors.require_aligned(checker, _ALIGNED, aligned)
-    stream = plan.on_device.stream(plan.device)
-    noted = faults.word(plan.device, stream)
-    plan.kernel.launch(
-        stream,
-        plan.grid,
-        *aligned,
-        0 if cache.k_scale is None else address(cache.k_scale),
-        0 if cache.v_scale is None else address(cache.v_scale),
-        address(cache_seqlens),
-        address(block_table),
-        address(cu_seqlens_k),
-        noted,
-        plan.constants,
-    )
-    if noted:
-        faults.raise_noted(checker, noted, stream)
+    static = cache.static or tensors.NO_STATIC
+    aligned: tuple[Any, ...] = (cache.k, cache.v, out_k, out_v)
+    aligned += (static.k_dequant, static.v_dequant, static.k_zp, static.v_zp)
+    others = (cache.k_scale, cache.v_scale, cache_seqlens, block_table, cu_seqlens_k)
+    addresses = plan.addresses(aligned + others)
+    tensors.require_aligned(checker, _ALIGNED, addresses)
+    plan.launch(checker, plan.stream(), addresses)
 
 
-def _prepare(
-    checker: "Checker", cache: LayerCache, block_table: Any, outs: dict[str, Any]
-) -> _Plan:
+def _prepare(checker: "Checker", cache: LayerCache, block_table: Any, outs: dict[str, Any]) -> Plan:
     sizes = checker.sizes
     dim = tensors.require_head_dim(checker, 8)
     strides = tensors.cache_strides(checker, cache)
@@ -94,12 +63,10 @@ def _prepare(
     }
     index = tensors.device_index(checker)
     what = jit.Specialization.of("gather_kv", **defines)
-    return _Plan(
+    return Plan(
         kernel(what, index, _fields(constants.field), 32 * _WARPS),
-        index,
         -(-sizes["Tk"] // _WARPS),
         tensors.library(checker),
-        tensors.static_names(cache.quant, "dequant"),
         constants.packed,
     )
 

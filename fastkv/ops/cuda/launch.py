@@ -29,7 +29,7 @@ class LaunchError(FastKVError, RuntimeError):
 
 
 class Kernel:
-    """A specialization on a device, ready to launch.
+    """A specialization on a device, ready to launch; `index` is the device.
 
     The parameter struct's fields must be in an order that needs no padding (8-byte fields before
     4-byte ones); the kernel asserts the size, which it gets as `FASTKV_PARAMS_BYTES`.
@@ -50,8 +50,9 @@ class Kernel:
         threads: int,
         shared: int = 0,
     ) -> None:
+        self.index = index
         self._struct = _layout(fields)
-        self._what, self._index = what, index
+        self._what = what
         self._function = jit.function(completed(what, fields), index)
         if shared > 48 * 1024:
             self._function.max_dynamic_shared_size_bytes = shared
@@ -79,7 +80,7 @@ class Kernel:
             self._handle, threads, shared
         )
         _check(error, self._what.kernel)
-        return int(blocks) * jit.device_facts(self._index).multiprocessors
+        return int(blocks) * jit.device_facts(self.index).multiprocessors
 
     def launch(self, stream: int, grid: int, *values: float | bytes) -> None:
         """Launch `grid` blocks on a stream of the kernel's device."""
@@ -91,7 +92,7 @@ class Kernel:
         self._struct.pack_into(buffer, 0, *values)
         config.gridDimX = grid
         config.hStream = stream
-        if _current_device() == self._index:
+        if _current_device() == self.index:
             (error,) = self._driver.cuLaunchKernelEx(config, self._handle, params, 0)
         else:
             with self._device:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`merge_states` on a GPU: one launch of kernels/merge_states.cu."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from fastkv.arrays.library import OnDevice
 from fastkv.ops.cuda import jit, serve, tensors
-from fastkv.ops.cuda.launch import INT32, INT64, POINTER, Kernel, completed, kernel
+from fastkv.ops.cuda.launch import INT32, INT64, POINTER, completed, kernel
+from fastkv.ops.cuda.plan import Plan
 from fastkv.ops.cuda.tensors import CTYPE, Blob
 
 if TYPE_CHECKING:
@@ -15,43 +15,23 @@ _THREADS, _UNROLL = 256, 2
 _STATES = ("out_a", "out_b", "out")
 
 
-class _Plan(NamedTuple):
-    """What a call's metadata decides."""
-
-    kernel: Kernel
-    device: int
-    grid: int
-    on_device: OnDevice
-    constants: bytes
-
-
 def merge_states(
     checker: "Checker", out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, out: Any, lse: Any
 ) -> None:
     """Write `out` and `lse` of the union."""
-    plan = checker.prepared
+    plan: Plan = checker.prepared
     if plan is None:
         outs, lses = {"out_a": out_a, "out_b": out_b}, (lse_a, lse_b)
         plan = checker.prepared = _prepare(checker, outs, lses)
     if not plan.grid:
         return
-    address = plan.on_device.pointer
-    at_a, at_b, at = address(out_a), address(out_b), address(out)
-    tensors.require_aligned(checker, _STATES, (at_a, at_b, at))
-    plan.kernel.launch(
-        plan.on_device.stream(plan.device),
-        plan.grid,
-        at_a,
-        address(lse_a),
-        at_b,
-        address(lse_b),
-        at,
-        address(lse),
-        plan.constants,
-    )
+    addresses = plan.addresses((out_a, lse_a, out_b, lse_b, out, lse))
+    tensors.require_aligned(checker, _STATES, addresses[::2])
+    # No value can be at fault, so there is no fault word.
+    plan.kernel.launch(plan.stream(), plan.grid, *addresses, plan.constants)
 
 
-def _prepare(checker: "Checker", outs: dict[str, Any], lses: tuple[Any, Any]) -> _Plan:
+def _prepare(checker: "Checker", outs: dict[str, Any], lses: tuple[Any, Any]) -> Plan:
     sizes = checker.sizes
     dim = tensors.require_head_dim(checker, 8)
     strides: list[int] = []
@@ -64,9 +44,8 @@ def _prepare(checker: "Checker", outs: dict[str, Any], lses: tuple[Any, Any]) ->
     index = tensors.device_index(checker)
     serve.require_device(checker, None, index)
     what = jit.Specialization.of("merge_states", **_defines(checker.dtype("out_a"), dim))
-    return _Plan(
+    return Plan(
         kernel(what, index, _fields(constants.field), _THREADS),
-        index,
         -(-chunks // (_THREADS * _UNROLL)),
         tensors.library(checker),
         constants.packed,

@@ -2,11 +2,12 @@
 """Launches kernels/paged_attention.cu."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastkv.ops.cuda import faults, jit, serve, tensors
+from fastkv.ops.cuda import jit, serve, tensors
 from fastkv.ops.cuda.launch import FLOAT, INT32, INT64, POINTER, completed, kernel
 from fastkv.ops.cuda.paged_shape import GROUP, LEAST_CHUNK, SPLIT, Shape, row_bytes
+from fastkv.ops.cuda.plan import Plan
 from fastkv.ops.cuda.workspace import workspace
 from fastkv.quant import quant_spec
 
@@ -22,59 +23,72 @@ _SCALARS = (INT32,) * 3 + (FLOAT,) * 2 + (INT32,)
 _LARGEST_STRIDE = 1 << 27
 
 
-class Prepared:
-    """What stays the same for calls of one metadata: kernel, strides, sizes, workspace."""
+class _Prepared(NamedTuple):
+    """What a call's metadata decides beside its plan.
 
-    def __init__(
-        self, checker: "Checker", cache: "LayerCache", q: Any, out: Any, block_table: Any, rest: Any
-    ) -> None:
-        serve.require_served(checker, cache, tensors.device_index(checker))
-        sizes = checker.sizes
-        dim, heads = tensors.require_head_dim(checker, 32), sizes["Hkv"]
-        group = sizes["Hq"] // heads
-        tensors.require_contiguous(checker, rest)
-        tokens = -(-sizes["T"] // max(1, sizes["B"]))
-        self.index = tensors.device_index(checker)
-        shape = _shape(checker, cache, dim, tokens * group, self.index)
-        self.library = checker.first.library if checker.first else ""
-        self.on_device = tensors.library(checker)
-        self.static = tensors.static_names(cache.quant, "dequant")
-        groups = -(-SPLIT // (heads * GROUP))
-        strides = tensors.cache_strides(checker, cache)
-        blob = self._blob(checker, strides, q, out, block_table, groups)
-        self.blob = blob.packed
-        what = jit.Specialization.of(
-            "paged_attention",
-            **tensors.cache_defines(checker, cache),
-            **tensors.static_defines(checker, cache, "dequant"),
-            **_defines(tensors.CTYPE[checker.dtype("q")], dim, shape, _dense(cache, dim, strides)),
-        )
-        fields = (*_POINTERS, blob.field, *_SCALARS)
-        self.kernel = kernel(what, self.index, fields, 32 * shape.warps, shape.shared)
-        self.scale = dim**-0.5
-        self.fresh = int(not checker.given("out"))
-        most = (sizes["T"] * group // (8 * shape.columns) + sizes["B"]) * heads * groups * GROUP
-        self.grid = max(1, min(self.kernel.resident_blocks, most))
-        state = 4 * (8 * shape.columns * dim + 3 * 8 * shape.columns)
-        self.states = self.grid * (GROUP + 2 * groups) * state
-        self.counters = 8 * self.grid
+    Attributes:
+        plan: kernel, grid and constants.
+        library: name of the call's library.
+        workspace: bytes of states and of counters.
+        scale: where none is given.
+        fresh: whether the op made `out`, so that the kernel must write all of its rows.
+    """
 
-    @staticmethod
-    def _blob(
-        checker: "Checker", strides: list[int], q: Any, out: Any, block_table: Any, groups: int
-    ) -> tensors.Blob:
-        sizes = checker.sizes
-        rows = tensors.row_strides(checker, "q", q)
-        made = (sizes["Hq"] * sizes["D"], sizes["D"])
-        rows += tensors.row_strides(checker, "out", out) if checker.given("out") else made
-        table, counts = tensors.table_shape(checker, block_table)
-        heads = sizes["Hkv"]
-        if max(strides) >= _LARGEST_STRIDE:
-            expected = f"page, head and slot strides below {_LARGEST_STRIDE} bytes on a GPU"
-            raise tensors.unsupported(checker, "cache.k", expected, strides)
-        return _blob(
-            strides, table, counts, rows, [sizes["T"], heads, sizes["Hq"] // heads, groups]
-        )
+    plan: Plan
+    library: str
+    workspace: tuple[int, int]
+    scale: float
+    fresh: int
+
+
+def _prepare(
+    checker: "Checker", cache: "LayerCache", q: Any, out: Any, block_table: Any, small: Any
+) -> _Prepared:
+    """Refuse what the kernel does not serve; compile; size grid and workspace."""
+    index = tensors.device_index(checker)
+    serve.require_served(checker, cache, index)
+    sizes = checker.sizes
+    dim, heads = tensors.require_head_dim(checker, 32), sizes["Hkv"]
+    group = sizes["Hq"] // heads
+    tensors.require_contiguous(checker, small)
+    tokens = -(-sizes["T"] // max(1, sizes["B"]))
+    shape = _shape(checker, cache, dim, tokens * group, index)
+    groups = -(-SPLIT // (heads * GROUP))
+    strides = tensors.cache_strides(checker, cache)
+    blob = _constants(checker, strides, q, out, block_table, groups)
+    what = jit.Specialization.of(
+        "paged_attention",
+        **tensors.cache_defines(checker, cache),
+        **tensors.static_defines(checker, cache, "dequant"),
+        **_defines(tensors.CTYPE[checker.dtype("q")], dim, shape, _dense(cache, dim, strides)),
+    )
+    fields = (*_POINTERS, blob.field, *_SCALARS)
+    made = kernel(what, index, fields, 32 * shape.warps, shape.shared)
+    most = (sizes["T"] * group // (8 * shape.columns) + sizes["B"]) * heads * groups * GROUP
+    grid = max(1, min(made.resident_blocks, most))
+    state = 4 * (8 * shape.columns * dim + 3 * 8 * shape.columns)
+    return _Prepared(
+        Plan(made, grid, tensors.library(checker), blob.packed),
+        checker.first.library if checker.first else "",
+        workspace=(grid * (GROUP + 2 * groups) * state, 8 * grid),
+        scale=dim**-0.5,
+        fresh=int(not checker.given("out")),
+    )
+
+
+def _constants(
+    checker: "Checker", strides: list[int], q: Any, out: Any, block_table: Any, groups: int
+) -> tensors.Blob:
+    sizes = checker.sizes
+    rows = tensors.row_strides(checker, "q", q)
+    made = (sizes["Hq"] * sizes["D"], sizes["D"])
+    rows += tensors.row_strides(checker, "out", out) if checker.given("out") else made
+    table, counts = tensors.table_shape(checker, block_table)
+    heads = sizes["Hkv"]
+    if max(strides) >= _LARGEST_STRIDE:
+        expected = f"page, head and slot strides below {_LARGEST_STRIDE} bytes on a GPU"
+        raise tensors.unsupported(checker, "cache.k", expected, strides)
+    return _blob(strides, table, counts, rows, [sizes["T"], heads, sizes["Hq"] // heads, groups])
 
 
 def _blob(
@@ -137,44 +151,25 @@ def paged_attention(
     lse: Any,
 ) -> None:
     """Write `out`, and `lse` where it is given; see `fastkv.ops.paged_attention`."""
-    prepared: Prepared = checker.prepared
+    prepared: _Prepared = checker.prepared
     if prepared is None:
         small = {"cu_seqlens_q": cu_seqlens_q, "cache_seqlens": cache_seqlens}
         small |= {"mask_offsets": mask_offsets, "sinks": sinks}
-        prepared = checker.prepared = Prepared(checker, cache, q, out, block_table, small)
-    on_device, index = prepared.on_device, prepared.index
-    stream, pointer = on_device.stream(index), on_device.pointer
+        prepared = checker.prepared = _prepare(checker, cache, q, out, block_table, small)
+    plan, static = prepared.plan, cache.static or tensors.NO_STATIC
+    paged = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+    multipliers = (static.k_dequant, static.v_dequant, static.k_zp, static.v_zp)
+    batch = (cu_seqlens_q, cache_seqlens, block_table, mask_offsets, sinks)
+    addresses = plan.addresses((q, out, lse, *paged, *multipliers, *batch))
+    _require_aligned(checker, addresses)
+    stream = plan.stream()
     space = workspace(
-        on_device, prepared.library, index, stream, prepared.states, prepared.counters
+        plan.on_device, prepared.library, plan.kernel.index, stream, *prepared.workspace
     )
-    fault = faults.word(index, stream)
-    aligned = pointer(q), pointer(out), pointer(cache.k), pointer(cache.v)
-    tensors.require_aligned(checker, _ALIGNED, aligned)
-    at_q, at_out, at_k, at_v = aligned
-    at_mask = 0 if mask_offsets is None else pointer(mask_offsets)
-    if at_mask % 8:  # a row's interval is one load
-        expected = "memory aligned to 8 bytes on a GPU"
-        raise tensors.unsupported(checker, "mask_offsets", expected, f"address {at_mask:#x}")
-    prepared.kernel.launch(
+    plan.launch(
+        checker,
         stream,
-        prepared.grid,
-        at_q,
-        at_out,
-        0 if lse is None else pointer(lse),
-        at_k,
-        at_v,
-        0 if cache.k_scale is None else pointer(cache.k_scale),
-        0 if cache.v_scale is None else pointer(cache.v_scale),
-        *tensors.static_pointers(cache, prepared.static, pointer),
-        pointer(cu_seqlens_q),
-        pointer(cache_seqlens),
-        pointer(block_table),
-        at_mask,
-        0 if sinks is None else pointer(sinks),
-        space.states,
-        space.counters,
-        fault,
-        prepared.blob,
+        [*addresses, space.states, space.counters],
         int(causal),
         _NO_WINDOW if window is None else min(window, _NO_WINDOW),
         prepared.fresh,
@@ -182,8 +177,14 @@ def paged_attention(
         soft_cap or 0.0,
         0,
     )
-    if fault:
-        faults.raise_noted(checker, fault, stream)
+
+
+def _require_aligned(checker: "Checker", addresses: Sequence[int]) -> None:
+    q, out, _, k, v, *_, mask, _ = addresses
+    tensors.require_aligned(checker, _ALIGNED, (q, out, k, v))
+    if mask % 8:  # a row's interval is one load
+        expected = "memory aligned to 8 bytes on a GPU"
+        raise tensors.unsupported(checker, "mask_offsets", expected, f"address {mask:#x}")
 
 
 # sm_90 and sm_89: what a multiprocessor has.

@@ -3,10 +3,10 @@
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastkv.arrays.library import OnDevice
 from fastkv.cache import LayerCache
-from fastkv.ops.cuda import faults, jit, tensors
+from fastkv.ops.cuda import jit, tensors
 from fastkv.ops.cuda.launch import FLOAT, INT32, INT64, POINTER, Kernel, completed, kernel
+from fastkv.ops.cuda.plan import Plan
 from fastkv.ops.cuda.tensors import CTYPE, Blob
 from fastkv.quant import quant_spec
 from fastkv.rope import Rope
@@ -36,17 +36,6 @@ class _Options(NamedTuple):
     interleaved: bool
 
 
-class _Plan(NamedTuple):
-    """What a call's metadata and options decide."""
-
-    kernel: Kernel
-    device: int
-    rows: int
-    on_device: OnDevice
-    static_names: tuple[str | None, ...]
-    constants: bytes
-
-
 def rope_write_kv(
     checker: "Checker",
     qkv: Any,
@@ -69,7 +58,8 @@ def rope_write_kv(
 ) -> None:
     """Write the cache, `q` and, where given, `k`, `v`, `out_k` and `out_v`."""
     options = (bool(norm_after_rope), k is not None, rope is not None and bool(rope.interleaved))
-    plan = None if checker.prepared is None else checker.prepared.get(options)
+    plans: dict[tuple[bool, ...], Plan] = checker.prepared or {}
+    plan = plans.get(options)
     if plan is None:
         plan = _prepare(
             checker,
@@ -82,40 +72,15 @@ def rope_write_kv(
             rope,
             norm_eps,
         )
-    address = plan.on_device.pointer
-    aligned = (
-        address(qkv),
-        address(q),
-        address(cache.k),
-        address(cache.v),
-        0 if rope is None else address(rope.cos),
-        0 if rope is None else address(rope.sin),
-        0 if q_norm_weight is None else address(q_norm_weight),
-        0 if k_norm_weight is None else address(k_norm_weight),
-        *tensors.static_pointers(cache, plan.static_names, address),
-        0 if k is None else address(k),
-        0 if v is None else address(v),
-        0 if out_k is None else address(out_k),
-        0 if out_v is None else address(out_v),
-    )
-    tensors.require_aligned(checker, _ALIGNED, aligned)
-    stream = plan.on_device.stream(plan.device)
-    noted = faults.word(plan.device, stream)
-    plan.kernel.launch(
-        stream,
-        plan.rows,
-        *aligned,
-        0 if cache.k_scale is None else address(cache.k_scale),
-        0 if cache.v_scale is None else address(cache.v_scale),
-        address(cu_seqlens_q),
-        address(cache_seqlens),
-        address(block_table),
-        0 if cu_seqlens_k is None else address(cu_seqlens_k),
-        noted,
-        plan.constants,
-    )
-    if noted:
-        faults.raise_noted(checker, noted, stream)
+        checker.prepared = plans | {options: plan}
+    static = cache.static or tensors.NO_STATIC
+    cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
+    aligned: tuple[Any, ...] = (qkv, q, cache.k, cache.v, cos, sin, q_norm_weight, k_norm_weight)
+    aligned += (static.k_quant, static.v_quant, static.k_zp, static.v_zp, k, v, out_k, out_v)
+    others = (cache.k_scale, cache.v_scale, cu_seqlens_q, cache_seqlens, block_table, cu_seqlens_k)
+    addresses = plan.addresses(aligned + others)
+    tensors.require_aligned(checker, _ALIGNED, addresses)
+    plan.launch(checker, plan.stream(), addresses)
 
 
 def _prepare(
@@ -128,8 +93,8 @@ def _prepare(
     others: dict[str, Any],
     rope: Rope | None,
     norm_eps: float,
-) -> _Plan:
-    """Refuse what the kernel does not serve; compile; remember with the checker."""
+) -> Plan:
+    """Refuse what the kernel does not serve; compile."""
     sizes = checker.sizes
     dim = tensors.require_head_dim(checker, 16, _LARGEST_HEAD_DIM)
     tensors.require_contiguous(checker, batch | weights | {"cu_seqlens_k": others["cu_seqlens_k"]})
@@ -147,18 +112,8 @@ def _prepare(
         defines["out"] = CTYPE[checker.dtype("out_k")]
     constants = _constants(checker, cache, others, rope, outs, norm_eps)
     index = tensors.device_index(checker)
-    plan = _Plan(
-        _kernel(defines, constants.field, index),
-        index,
-        sizes["T"],
-        tensors.library(checker),
-        tensors.static_names(cache.quant, "quant"),
-        constants.packed,
-    )
-    if checker.prepared is None:
-        checker.prepared = {}
-    checker.prepared[tuple(options)] = plan
-    return plan
+    made = _kernel(defines, constants.field, index)
+    return Plan(made, sizes["T"], tensors.library(checker), constants.packed)
 
 
 def _constants(

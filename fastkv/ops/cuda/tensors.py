@@ -7,12 +7,16 @@ All of it depends on metadata alone, so a launcher asks once per signature and k
 
 import struct
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import or_
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastkv import arrays
 from fastkv.dtypes import ITEMSIZE
 from fastkv.errors import UnsupportedError
 from fastkv.ops.cuda import serve
+from fastkv.scales import FIELDS
 
 if TYPE_CHECKING:
     from fastkv.cache import LayerCache
@@ -54,7 +58,9 @@ class Blob(NamedTuple):
 def device_index(checker: "Checker") -> int:
     """N of the call's `cuda:N`."""
     assert checker.first is not None, "a contract describes at least one tensor"
-    return int(checker.first.device[5:])
+    index = arrays.gpu_index(checker.first.device)
+    assert index is not None, "dispatch brings calls on a GPU"
+    return index
 
 
 def library(checker: "Checker") -> Any:
@@ -114,12 +120,15 @@ def row_strides(checker: "Checker", name: str, tensor: Any, unit: int = VECTOR) 
 
 
 def require_aligned(checker: "Checker", names: Sequence[str], pointers: Sequence[int]) -> None:
-    """Refuse, by name, a pointer that is not a multiple of 16 bytes. Runs at every call."""
-    mixed = 0
-    for at in pointers:
-        mixed |= at
-    if mixed % VECTOR:
-        wrong = [(name, at) for name, at in zip(names, pointers, strict=True) if at % VECTOR]
+    """Refuse, by name, a pointer that is not a multiple of 16 bytes. Runs at every call.
+
+    Args:
+        checker: the checked call.
+        names: of the first pointers; those behind them may lie anywhere.
+        pointers: addresses.
+    """
+    if reduce(or_, pointers[: len(names)]) % VECTOR:
+        wrong = [(name, at) for name, at in zip(names, pointers, strict=False) if at % VECTOR]
         name, at = wrong[0]
         expected = f"memory aligned to {VECTOR} bytes on a GPU"
         raise unsupported(checker, name, expected, f"address {at:#x}")
@@ -189,10 +198,11 @@ def static_defines(checker: "Checker", cache: "LayerCache", direction: str) -> d
         cache: the layer.
         direction: `quant` or `dequant`.
     """
-    names = [name for name in static_names(cache.quant, direction) if name is not None]
     static = cache.static
     if static is None:
         return {}
+    fields = (f"k_{direction}", f"v_{direction}", "k_zp", "v_zp")
+    names = [name for name in fields if name in cache.quant.static_fields]
     used = {name: getattr(static, name) for name in names}
     require_contiguous(checker, {f"cache.static.{name}": array for name, array in used.items()})
     heads, first = checker.sizes["Hkv"], names[0]
@@ -213,29 +223,10 @@ def static_defines(checker: "Checker", cache: "LayerCache", direction: str) -> d
     return {"static": CTYPE[dtype], "per_channel": int(per_channel)}
 
 
-def static_names(quant: "QuantSpec", direction: str) -> tuple[str | None, ...]:
-    """Fields of `StaticScales` in the order of `StaticPointers`; None where there is none.
-
-    Args:
-        quant: the format's row.
-        direction: `quant` or `dequant`.
-    """
-    fields = (f"k_{direction}", f"v_{direction}", "k_zp", "v_zp")
-    return tuple(name if name in quant.static_fields else None for name in fields)
-
-
-def static_pointers(
-    cache: "LayerCache", names: Sequence[str | None], pointer: Any
-) -> Sequence[int]:
-    """`StaticPointers`: addresses of a layer's static arrays, 0 where there is none."""
-    static = cache.static
-    if static is None:
-        return _NO_STATIC
-    return [0 if name is None else pointer(getattr(static, name)) for name in names]
-
-
-_NO_STATIC = (0, 0, 0, 0)
-#: Names of `static_pointers` in errors.
+#: The fields of a bundle that is not there. Where there is one, the contract has seen to it that
+#: it holds what the format needs, and None else.
+NO_STATIC: Any = SimpleNamespace(**dict.fromkeys(FIELDS))
+#: `StaticPointers` in errors: multipliers of either direction, zero points.
 STATIC_ARGUMENTS = (
     "cache.static (K)",
     "cache.static (V)",

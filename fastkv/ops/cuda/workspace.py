@@ -92,7 +92,7 @@ def _captured(
     """PyTorch's allocator keeps what is allocated during a capture for the graph alone."""
     at = _slice(index, stream, "counters", counters)
     if library == "torch":
-        owner = on_device.empty((states,), "uint8", index)
+        owner = on_device.maker((states,), "uint8", index)()
         return Workspace(on_device.pointer(owner), at, owner)
     return Workspace(_slice(index, stream, "states", states), at, None)
 

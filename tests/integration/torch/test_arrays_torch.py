@@ -238,3 +238,150 @@ def test_a_cache_whose_pages_share_memory_is_not_written():
     assert torch.equal(one_page, before)
     # One page that is its own only row has nothing to share.
     assert arrays.describe(torch.zeros(1, 3).expand(1, 3)).writeable
+
+
+# On a GPU: what needs none to be tested
+
+
+def metadata(tensor):
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_neg()
+
+
+def likeness_samples():
+    """Tensors that differ in one thing, or in none."""
+    whole = torch.zeros(4, 6, dtype=torch.float16)
+    yield from (whole, whole.clone(), torch.nn.Parameter(whole), whole.view(torch.int16))
+    yield from (whole[:3], whole[:, :5], whole[:, ::2], whole.t(), whole.view(6, 4))
+    yield from (whole.view(24), whole[None], whole[:0], whole.bfloat16(), whole.to("meta"))
+    yield from (
+        torch._neg_view(whole),
+        torch.zeros(6, 4).t().half(),
+        whole.as_strided((4, 6), (0, 1)),
+    )
+    yield from (
+        torch.zeros(1, 6),
+        torch.zeros(4, 6)[:1],
+        torch.zeros(1, 6).as_strided((1, 6), (9, 1)),
+    )
+    yield from (torch.zeros(0, 6), torch.zeros(0, 5), torch.zeros(()), torch.zeros(1))
+
+
+def test_likeness_is_true_of_no_two_metadata():
+    samples = list(likeness_samples())
+    first = torch.zeros(2, dtype=torch.int32)
+    for one in samples:
+        alike = arrays.likeness([first, one])
+        assert alike(torch.ones(2, dtype=torch.int32), one) is True
+        for other in samples:
+            same = metadata(one) == metadata(other) and type(one) is type(other)
+            assert alike(first, other) <= same, (metadata(one), metadata(other))
+            if same and not one.requires_grad:
+                assert alike(first, other) is True
+
+
+def test_likeness_is_false_where_a_tensor_was_changed_in_place():
+    changes = {
+        "resize_": lambda t: t.resize_(4, 6),
+        "t_": lambda t: t.t_(),
+        "set_": lambda t: t.set_(torch.zeros(3, 6)),
+        ".data": lambda t: setattr(t, "data", torch.zeros(6, 6, dtype=torch.float64)),
+    }
+    for name, change in changes.items():
+        tensor = torch.zeros(6, 6)
+        alike = arrays.likeness([tensor])
+        assert alike(tensor), name
+        change(tensor)
+        assert not alike(tensor), name
+
+
+def test_likeness_of_several_libraries_is_none():
+    arrays.describe(np.zeros(1))
+    assert arrays.likeness([torch.zeros(1), torch.zeros(2)]) is not None
+    assert arrays.likeness([torch.zeros(1), np.zeros(1)]) is None
+    assert arrays.likeness([np.zeros(1)]) is None
+
+
+def guards(check):
+    """A class like PyTorch's, with another test."""
+
+    class Guards:
+        def __init__(self, *tensors, dynamic_dims_sizes, dynamic_dims_strides):
+            self.tensors = tensors
+
+        def check(self, *others):
+            return check(self.tensors, others)
+
+    return Guards
+
+
+def by_shape_alone(tensors, others):
+    return [t.shape for t in tensors] == [t.shape for t in others]
+
+
+def by_metadata_but_strides(tensors, others):
+    return [(t.shape, t.dtype, t.device, t.layout) for t in tensors] == [
+        (t.shape, t.dtype, t.device, t.layout) for t in others
+    ]
+
+
+def refuses(*_):
+    raise RuntimeError("another meaning")
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        None,
+        object,
+        guards(lambda *_: True),
+        guards(lambda *_: False),
+        guards(refuses),
+        guards(by_shape_alone),
+        guards(by_metadata_but_strides),
+    ],
+)
+def test_guards_that_do_something_else_are_not_used(found, monkeypatch):
+    from fastkv.arrays import torch as module
+
+    assert module._tells_apart()
+    monkeypatch.setattr(module, "_TensorGuards", found)
+    assert not module._tells_apart()
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """CPU tensors that the contracts remember."""
+    from fastkv.arrays import torch as module
+
+    monkeypatch.setitem(module._on_gpu, torch.device("cpu"), True)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_layer_whose_tensor_was_changed_in_place_is_checked_anew():
+    from fastkv.contracts import calls as contracts
+
+    spec = CacheSpec(1, 2, 8, 4, "none", "float32")
+    cache = LayerCache(spec, 0, *spec.allocate(3, "torch"))
+    ids = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    first = contracts.copy_pages(cache, *ids)
+    assert contracts.copy_pages(cache, *ids) is first
+    assert contracts.copy_pages(cache, ids[0], ids[0]) is not first
+    cache.k.resize_(5, 2, 4, 8)
+    cache.v.resize_(5, 2, 4, 8)
+    second = contracts.copy_pages(cache, *ids)
+    assert (first.sizes["N"], second.sizes["N"]) == (3, 5)
+    cache.v.transpose_(1, 2)
+    with pytest.raises(FastKVError, match=r"cache\.v"):
+        contracts.copy_pages(cache, *ids)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (0, 5), (4, 0, 3), (1, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+def test_what_is_made_on_a_gpu_is_dense(shape, dtype):
+    from fastkv.arrays.torch import LIBRARY
+
+    make = LIBRARY.on_device.maker(shape, dtype, 1)
+    assert make.keywords["device"] == torch.device("cuda:1")
+    made = make(device="cpu")
+    assert metadata(made) == metadata(torch.empty(shape, dtype=getattr(torch, dtype)))
+    assert make(device="cpu") is not made

@@ -19,9 +19,37 @@ class Tensor:
         self.metadata = metadata or None
 
 
-@pytest.fixture(autouse=True)
-def signatures(monkeypatch):
-    monkeypatch.setattr("fastkv.contracts.remember.signature", lambda tensor: tensor.metadata)
+class Library:
+    """A library's metadata; with a test of them as PyTorch's, where `tests` is set."""
+
+    def __init__(self, tests):
+        self.tests, self.mode, self.asked = tests, "grad", []
+
+    def signature(self, tensor):
+        self.asked.append(tensor)
+        return getattr(tensor, "metadata", None)
+
+    def likeness(self, tensors):
+        """Also of the mode; false where one tensor comes twice."""
+        mode, metadata = self.mode, [tensor.metadata for tensor in tensors]
+        assert None not in metadata
+
+        def alike(*others):
+            assert len(others) == len(metadata), "PyTorch raises"
+            once = len(set(map(id, others))) == len(others)
+            found = [getattr(other, "metadata", None) for other in others]
+            return once and self.mode == mode and found == metadata
+
+        return alike if self.tests else None
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["tests", "keys"])
+def library(request, monkeypatch):
+    """Libraries with and without a test of their own."""
+    found = Library(request.param)
+    monkeypatch.setattr("fastkv.contracts.remember.signature", found.signature)
+    monkeypatch.setattr("fastkv.contracts.remember.likeness", found.likeness)
+    return found
 
 
 SPEC = CacheSpec(2, 2, 8, 4, "cache_int8")
@@ -96,6 +124,9 @@ def others():
     yield "no zero points", changed(args, 1, replace(cache, static=scales(k_zp=None, v_zp=None)))
     yield "no static", changed(args, 1, replace(cache, static=None))
     yield "layer", changed(args, 1, replace(cache, layer_id=1))
+    yield "layer False", changed(args, 1, replace(cache, layer_id=False))
+    yield "layer 0.0", changed(args, 1, replace(cache, layer_id=0.0))
+    yield "layer []", changed(args, 1, replace(cache, layer_id=[]))
     yield "spec", changed(args, 1, replace(cache, spec=replace(SPEC)))
     yield "rope.cos", changed(args, 2, Rope(Tensor("other"), Tensor("sin")))
     yield "rope.sin", changed(args, 2, Rope(Tensor("cos"), Tensor("other")))
@@ -109,8 +140,72 @@ def others():
 @pytest.mark.parametrize("args", [args for _, args in others()], ids=[name for name, _ in others()])
 def test_another_call_is_checked_anew(args, check, contract):
     first = check(*full_call())
-    assert check(*args) is not first
+    second = check(*args)
+    assert second is not first
     assert contract.calls == 2
+    if type(args[1].layer_id) is int:
+        assert check(*args) is second
+
+
+def test_a_tensor_that_was_changed_in_place_is_checked_anew(check, contract):
+    # As `resize_`, `set_`, `transpose_` and `.data =` do: the objects are the same.
+    args = full_call()
+    cache = args[1]
+    first = check(*args)
+    for tensor in (args[0], cache.k, cache.v_scale, cache.static.k_zp, args[2].sin):
+        old, tensor.metadata = tensor.metadata, ("changed",)
+        assert check(*args) is not first
+        tensor.metadata = old
+        assert check(*args) is first
+    assert contract.calls == 6
+
+
+def test_the_last_few_metadata_are_found_without_a_key(check, library, contract):
+    shapes = ["a", "b", "c", "d"]
+    first = {shape: check(Tensor(shape)) for shape in shapes}
+    library.asked.clear()
+    for shape in shapes * 2:
+        assert check(Tensor(shape)) is first[shape]
+    assert len(library.asked) == (0 if library.tests else 8)
+    check(Tensor("e"))
+    check(Tensor("a"))  # the oldest went
+    assert check(Tensor("d")) is first["d"]
+    assert contract.calls == 5
+
+
+def keys_made(library, check, *args):
+    """How many of some calls made a key."""
+    before = len(library.asked)
+    for _ in range(3):
+        check(*args)
+    return (len(library.asked) - before) // len({id(arg) for arg in args if type(arg) is Tensor})
+
+
+def test_a_tensor_that_comes_twice(check, library, contract):
+    one, other = Tensor("sums"), Tensor("sums")
+    assert keys_made(library, check, one, other) == (1 if library.tests else 3)
+    assert keys_made(library, check, one, one) == (1 if library.tests else 3)
+    assert keys_made(library, check, other, other) == (0 if library.tests else 3)
+    # Which of them are the same decides which metadata are compared.
+    a, b = Tensor("a"), Tensor("b")
+    found = [check(*args) for args in ((a, a, b), (a, b, b), (a, b, a), (b, a, a), (a, b, None))]
+    assert len({id(checker) for checker in found}) == 5
+    assert contract.calls == 7
+
+
+def test_in_another_mode_the_same_check_is_found_and_soon_without_a_key(check, library, contract):
+    first = check(Tensor("q"))
+    library.mode = "inference"
+    assert keys_made(library, check, Tensor("q")) == (1 if library.tests else 3)
+    library.mode = "grad"
+    assert keys_made(library, check, Tensor("q")) == (0 if library.tests else 3)
+    assert check(Tensor("q")) is first
+    assert contract.calls == 1
+
+
+def test_an_incomplete_rope_is_not_taken_for_none_and_a_rope_behind_it(check):
+    first = check(None, Rope(Tensor("table"), Tensor("table")))
+    assert check(Rope(None, Tensor("table")), Tensor("table")) is not first
 
 
 def test_an_absent_tensor_hides_none_behind_it(check, contract):
@@ -131,6 +226,14 @@ def test_a_spec_lives_as_long_as_its_entry(check):
     assert sys.getrefcount(spec) == before
 
 
+def test_what_is_forgotten_is_not_found_by_its_metadata(check, contract, monkeypatch):
+    monkeypatch.setattr("fastkv.contracts.remember._MOST", 1)
+    first = check(Tensor("a"), 1)
+    check(Tensor("a"), 2)
+    assert check(Tensor("a"), 1) is not first
+    assert contract.calls == 3
+
+
 def on_the_cpu():
     args = full_call()
     cache = args[1]
@@ -141,6 +244,7 @@ def on_the_cpu():
         yield changed(args, 1, replace(cache, static=scales(**{name: Tensor()})))
     yield changed(args, 1, replace(cache, static=Tensor("no StaticScales")))
     yield changed(args, 2, Rope(Tensor("cos"), Tensor()))
+    yield changed(args, 1, replace(cache, layer_id=[]))
 
 
 @pytest.mark.parametrize("args", list(on_the_cpu()))

@@ -418,13 +418,13 @@ def other_library(monkeypatch):
     def zeros_like(_, shape, dtype):
         return OtherTensor(np.zeros(shape, arrays.numpy_dtype(dtype)))
 
-    def empty(shape, dtype, _):
-        return OtherTensor(np.zeros(shape, arrays.numpy_dtype(dtype)))
+    def maker(shape, dtype, _):
+        return lambda: OtherTensor(np.zeros(shape, arrays.numpy_dtype(dtype)))
 
     monkeypatch.setattr("fastkv.contracts.tensors.describe", describe)
     monkeypatch.setattr("fastkv.arrays.describe", describe)
     monkeypatch.setattr("fastkv.arrays.zeros_like", zeros_like)
-    monkeypatch.setattr("fastkv.arrays.on_device", lambda _: SimpleNamespace(empty=empty))
+    monkeypatch.setattr("fastkv.arrays.on_device", lambda _: SimpleNamespace(maker=maker))
 
 
 @pytest.mark.usefixtures("other_library")
