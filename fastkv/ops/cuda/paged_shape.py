@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How kernels/paged_attention.cu uses a multiprocessor: warps, query rows, stages, blocks.
 
-A result depends on the split over keys, `LEAST_CHUNK` and `SPLIT`, and on the warps of a block, which
-share a chunk: one number for all batches of a format and head dim on a device. The rest changes none:
-rows are independent.
+A result depends on the split over keys, `LEAST_CHUNK` and `SPLIT`, and on the warps of a block,
+which share a chunk: one number for all batches of a format and head dim on a device. The rest
+changes none: rows are independent.
 """
 
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ def row_bytes(quant: "QuantSpec", dim: int) -> int:
 
 
 def _pitch(row: int) -> int:
-    """Bytes from one token's row to the next in shared memory: `kPitch` of kernels/paged/shared.cuh."""
+    """Bytes from one token's row to the next: `kPitch` of kernels/paged/shared.cuh."""
     pieces = row // 16
     return row if pieces & (pieces - 1) == 0 else (pieces | 1) * 16
 
