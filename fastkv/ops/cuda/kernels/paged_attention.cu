@@ -122,8 +122,9 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
     const int group_end = min((group + 1) * kGroup, sh.item.chunks);
     const bool folds = group_begin == group * kGroup;
     float* to = folds ? nullptr : state_at(p, blockIdx.x, chunk - group_begin);
-    const u32 room = stream.stage(stream.issued);
-    float* sums = reinterpret_cast<float*>(stages + (room - stream.stages));
+    FoldRoom room = {stream.stages, stream.stage(stream.issued), 1};
+    if (chunk + 1 == end) room.rooms = kStages;
+    float* sums = reinterpret_cast<float*>(stages + (room.free - room.stages));
     finish_chunk(w, sh, sums, chunk == group_begin, turn, to);
     if (chunk + 1 < min(group_end, end)) continue;
     if (folds && chunk + 1 == group_end) {

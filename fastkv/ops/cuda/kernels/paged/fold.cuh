@@ -162,53 +162,79 @@ __device__ __forceinline__ void scale_nodes(Shared& sh, int count) {
   __syncthreads();
 }
 
-// Copies of nodes' vectors, each lane's own, in its warp's free stage.
+// Where a warp's copies of nodes go: its free stage, and its other stages where `rooms` says so.
+struct FoldRoom {
+  u32 stages, free;  // shared addresses: of the warp's stages, of the one that is free
+  int rooms;         // kStages where no tile is on its way or waits, else 1
+};
+
+// Copies of nodes' vectors, each lane's own; all of a round are in flight at once.
 struct NodeCopies {
   static constexpr int kSlots = kStageBytes / 512 < kGroup ? kStageBytes / 512 : kGroup;
-  u32 room;
+  FoldRoom room;
 
-  __device__ __forceinline__ explicit NodeCopies(u32 free_stage)
-      : room(free_stage + threadIdx.x % 32 * 16) {}
+  __device__ __forceinline__ explicit NodeCopies(const FoldRoom& room) : room(room) {
+    this->room.stages += threadIdx.x % 32 * 16;
+    this->room.free += threadIdx.x % 32 * 16;
+  }
+  __device__ __forceinline__ u32 slots_of(int round) const {
+    return room.rooms == 1 ? room.free : room.stages + round % kStages * kStageBytes;
+  }
 
-  // Past L1, as other blocks wrote them; all in flight at once.
-  __device__ __forceinline__ void start(const Shared& sh, int base, int count, int at) const {
+  // Past L1, as other blocks wrote them.
+  __device__ __forceinline__ void start(const Shared& sh, int round, int base, int count,
+                                        int at) const {
+    const u32 to = slots_of(round);
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
-      if (base + k < count) copy_async(room + 512 * k, sh.node[base + k] + at);
+      if (base + k < count) copy_async(to + 512 * k, sh.node[base + k] + at);
     }
-    commit_copies();
   }
-  __device__ __forceinline__ float4 operator[](int slot) const {
+  __device__ __forceinline__ float4 get(int round, int slot) const {
     float4 x;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(room + 512 * slot));
+                 : "r"(slots_of(round) + 512 * slot));
     return x;
   }
 };
 
-// Fold the states at sh.node[0 .. count), in order, and put the result.
+// Fold the states at sh.node[0 .. count), in order, and put the result. A round is kSlots nodes of
+// one vector of a thread.
 __device__ __noinline__ void fold_nodes(const Params& p, Shared& sh, int count, float* to,
-                                        u32 free_stage) {
+                                        const FoldRoom room) {
+  constexpr int kSlots = NodeCopies::kSlots;
   const int vectors = sh.item.rows * kVectors;
-  const NodeCopies copies(free_stage);
-  int row = threadIdx.x / kVectors, vector = threadIdx.x % kVectors;
-  if (threadIdx.x < vectors) copies.start(sh, 0, count, row * kD + 4 * vector);
+  const int each = kSlots == kGroup ? 1 : ceil_div(count, kSlots);  // rounds of a vector
+  const NodeCopies copies(room);
+  const auto start = [&](int round) {
+    const int i = threadIdx.x + round / each * kThreads;
+    const int at = i / kVectors * kD + i % kVectors * 4;
+    if (i < vectors) copies.start(sh, round, round % each * kSlots, count, at);
+  };
+  const int ahead = room.rooms == 1 ? 1 : kStages;
+#pragma unroll 1
+  for (int round = 0; round < ahead; ++round) start(round);
+  commit_copies();
   scale_nodes(sh, count);
   const NodeTable& table = sh.nodes;
-  for (int i = threadIdx.x; i < vectors; i += kThreads) {
-    row = i / kVectors, vector = i % kVectors;
+  wait_copies<0>();
+  for (int i = threadIdx.x, round = 0; i < vectors; i += kThreads) {
+    const int row = i / kVectors;
     RowState state = sh.row[0][row];
     state.l = 0.f;
     float4 sum = {0.f, 0.f, 0.f, 0.f};
-    for (int base = 0; base < count; base += NodeCopies::kSlots) {
-      if (i >= kThreads || base > 0) copies.start(sh, base, count, row * kD + 4 * vector);
-      wait_copies<0>();
+    for (int base = 0; base < count; base += kSlots, ++round) {
+      if (round >= ahead) {
+        start(round);
+        commit_copies();
+        wait_copies<0>();
+      }
 #pragma unroll 4
-      for (int k = base; k < min(count, base + NodeCopies::kSlots); ++k) {
+      for (int k = base; k < min(count, base + kSlots); ++k) {
         const float before = table.old_l[k][row], next = table.new_l[k][row];
         state.l = fold_l(state.l, before, table.l[k][row], next);
-        const float4 x = copies[k - base];
+        const float4 x = copies.get(round, k - base);
         if constexpr (kPagedScales) {
           sum = fold_sums(sum, table.old_sum[k][row], x, table.new_sum[k][row]);
         } else {
@@ -216,7 +242,7 @@ __device__ __noinline__ void fold_nodes(const Params& p, Shared& sh, int count, 
         }
       }
     }
-    put(p, sh, to, row, vector, sum, state);
+    put(p, sh, to, row, i % kVectors, sum, state);
   }
   __syncthreads();
 }
@@ -237,7 +263,7 @@ __device__ __forceinline__ float* group_target(const Params& p, const Shared& sh
 
 // A group of several is where it belongs; the last one folds them all.
 __device__ __noinline__ void finish_group(const Params& p, Shared& sh, int group,
-                                          u32 free_stage) {
+                                          const FoldRoom room) {
   const Share& s = sh.share;
   const Item& item = sh.item;
   const int groups = ceil_div(item.chunks, kGroup);
@@ -254,12 +280,12 @@ __device__ __noinline__ void finish_group(const Params& p, Shared& sh, int group
   } else if (!arrive(sh, p.counters + 2 * s.owner(item.at) + 1, 1, groups, find_node)) {
     return;
   }
-  fold_nodes(p, sh, groups, nullptr, free_stage);
+  fold_nodes(p, sh, groups, nullptr, room);
 }
 
 // This block's `part` chunks of a split group are in the workspace: the last block folds them.
 __device__ __noinline__ void finish_part(const Params& p, Shared& sh, int group, int part,
-                                         u32 free_stage) {
+                                         const FoldRoom room) {
   const Share& s = sh.share;
   const Item& item = sh.item;
   const int first = group * kGroup, count = min(item.chunks - first, kGroup);
@@ -274,6 +300,6 @@ __device__ __noinline__ void finish_part(const Params& p, Shared& sh, int group,
     sh.node[i] = state_at(p, block, slot);
   };
   if (!arrive(sh, p.counters + 2 * owner, part, count, find_node)) return;
-  fold_nodes(p, sh, nodes, group_target(p, sh, group), free_stage);
-  finish_group(p, sh, group, free_stage);
+  fold_nodes(p, sh, nodes, group_target(p, sh, group), room);
+  finish_group(p, sh, group, room);
 }

@@ -104,7 +104,7 @@ __device__ __forceinline__ void find_share(const Params& p, Shared& sh) {
     if (threadIdx.x == 0) sh.share = s;
   } else if (until > s.start && until - mine <= s.start) {
     s.request_at = until - mine;
-    if (each > 1) r = read_request(p, first);
+    if (each > 1) r.index = first - 1, r.work = 0;  // step through this thread's requests
     sh.item = find_item(p, s, r, s.start);
     sh.request = r, sh.share = s;
   }
