@@ -41,6 +41,10 @@ class Step:
         """Whether an entry is a decode or draft request."""
         return b < len(self.decode)
 
+    def is_gathered(self, b):
+        """Whether a gathering backend serves an entry over contiguous keys."""
+        return not self.is_decode(b)
+
 
 #: Prefill, prefill over a cached prefix, decode, several draft tokens of which some are rejected,
 #: and empty requests of either kind, with and without a cached prefix.
@@ -216,7 +220,7 @@ class Engine:
             q, k, v = self._rotate(heads[own], cached)
             self._check_written(meta.block_table[b], cached, k, v, before)
             intervals = None if meta.mask_offsets is None else meta.mask_offsets[own]
-            exact = self.exact_prefill and not step.is_decode(b)
+            exact = self.exact_prefill and step.is_gathered(b)
             if entry[1]:
                 held = {
                     side: oracle.read_cache(

@@ -99,7 +99,7 @@ def _described_cache(
             format=quant.name.value,
             expected="[N, Hkv, P, D_storage]",
             got=str(list(info.shape)),
-            hint="" if len(info.shape) == 4 else "MLA's caches are not served.",
+            hint="Is it the scales of another layer, or a cache of MLA, which is not served?",
         )
     if quant.storage is not None:
         return info.shape, "bfloat16"
