@@ -11,6 +11,8 @@ from helpers.fastdeploy_engine import BACKENDS, EXACT, MIXTURE, STYLES, Engine, 
 from helpers.sentinels import FORMATS
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+#: One that reads every key as it is stored, and one that gathers.
+either_kind = pytest.mark.parametrize("backend", ["append", "flash_mask"])
 every_format = pytest.mark.parametrize("fmt", FORMATS)
 OWN = ("fastkv:append", "fastkv:flash", "fastkv:flash_mask")
 ROWS = sum(entry[1] for step in MIXTURE for entry in step.entries)
@@ -51,14 +53,14 @@ def test_own_backends_take_the_engines_layer_and_batch(backend, fmt):
     assert seen.rows == ROWS
 
 
-@every_backend
+@either_kind
 @every_format
 @pytest.mark.parametrize("layer_id", [0, 2])
 def test_first_and_last_layer(backend, fmt, layer_id):
     assert Engine(np.random.default_rng(9), backend, fmt, layer_id=layer_id).run(MIXTURE[:2]).rows
 
 
-@every_backend
+@either_kind
 @every_format
 def test_bytes_are_exact_where_nothing_is_rotated(backend, fmt):
     engine = Engine(np.random.default_rng(10), backend, fmt, rotated=False)
@@ -171,7 +173,7 @@ SCALES = {
 }
 
 
-@every_backend
+@either_kind
 @pytest.mark.parametrize("name", SCALES)
 def test_a_missing_scale_is_named(backend, name):
     engine = Engine(np.random.default_rng(20), backend, "cache_int4_zp")
@@ -226,7 +228,7 @@ def test_a_list_of_the_other_kind_of_format_is_refused(backend, fmt):
     assert (error.format, error.got) == (fmt, "[40, 2, 4]")
 
 
-@every_backend
+@either_kind
 @pytest.mark.parametrize(
     ("field", "change", "argument"),
     [
