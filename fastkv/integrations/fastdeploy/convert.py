@@ -18,6 +18,8 @@ from fastkv.integrations.fastdeploy.tensors import described, load_paddle, requi
 from fastkv.quant import QuantType, quant_spec
 
 _HEAD_DIM, _PAGE_SIZE = 128, 64
+# Formats whose layout is known, and what the engine adds to a code of theirs.
+_ADDED = {QuantType.CACHE_INT8: 128}
 # The axes of [N*Hkv, R/16, a, r, C/32, b, c, d, e] in the engine's order; its own inverse.
 _ORDER = (0, 1, 5, 3, 4, 2, 7, 6, 8)
 _NATIVE = (2, 2, 4, 2)  # b, c, d, e
@@ -39,8 +41,8 @@ def cache_from_fastdeploy(stored: Any, side: str, cache_quant_type: str = "cache
     Raises:
         UnsupportedError: a format or shape whose layout has no conversion.
     """
-    shape = _check("cache_from_fastdeploy", stored, side, cache_quant_type, ("uint8",))
-    codes = _permute(_flipped(stored), _matrix(shape, side), _ENGINE)
+    quant, shape = _check("cache_from_fastdeploy", stored, side, cache_quant_type, ("uint8",))
+    codes = _permute(_flipped(stored, _ADDED[quant]), _matrix(shape, side), _ENGINE)
     if side == "v":
         codes = codes.transpose([0, 2, 1]).contiguous()
     return codes.reshape(shape).view("int8")
@@ -60,24 +62,24 @@ def cache_to_fastdeploy(codes: Any, side: str, cache_quant_type: str = "cache_in
     Raises:
         UnsupportedError: a format or shape whose layout has no conversion.
     """
-    shape = _check("cache_to_fastdeploy", codes, side, cache_quant_type, ("int8", "uint8"))
+    quant, shape = _check("cache_to_fastdeploy", codes, side, cache_quant_type, ("int8", "uint8"))
     pages = codes.reshape([-1, *shape[2:]]).view("uint8")
     if side == "v":
         pages = pages.transpose([0, 2, 1]).contiguous()
-    return _permute(_flipped(pages), _matrix(shape, side), _NATIVE).reshape(shape)
+    return _permute(_flipped(pages, _ADDED[quant]), _matrix(shape, side), _NATIVE).reshape(shape)
 
 
 def _check(
     op: str, tensor: Any, side: str, cache_quant_type: str, dtypes: tuple[str, ...]
-) -> list[int]:
-    """The tensor's shape, if its layout is one that this module knows."""
+) -> tuple[QuantType, list[int]]:
+    """The format and the tensor's shape, if its layout is one that this module knows."""
     quant = quant_spec(cache_quant_type, op=op, argument="cache_quant_type")
-    if quant.name is not QuantType.CACHE_INT8:
+    if quant.name not in _ADDED:
         raise UnsupportedError(
             op,
             "cache_quant_type",
             format=quant.name.value,
-            expected=QuantType.CACHE_INT8.value,
+            expected=" or ".join(_ADDED),
             got=quant.name.value,
             hint="The layout of the other formats is not converted.",
         )
@@ -93,7 +95,7 @@ def _check(
             expected=f"[N, Hkv, {_PAGE_SIZE}, {_HEAD_DIM}], as the engine's int8 kernels need",
             got=str(list(info.shape)),
         )
-    return list(info.shape)
+    return quant.name, list(info.shape)
 
 
 def _matrix(shape: list[int], side: str) -> list[int]:
@@ -108,7 +110,7 @@ def _permute(pages: Any, matrix: list[int], last: tuple[int, ...]) -> Any:
     return pages.reshape(axes).transpose(list(_ORDER)).reshape([-1, rows, columns])
 
 
-def _flipped(stored: Any) -> Any:
-    """128 added to each two's complement byte, or taken off: the sign bit flipped."""
+def _flipped(stored: Any, added: int) -> Any:
+    """128 added to each two's complement byte, or taken off: its sign bit is flipped."""
     paddle = load_paddle()
-    return paddle.bitwise_xor(stored, paddle.full_like(stored, 128))
+    return paddle.bitwise_xor(stored, paddle.full_like(stored, added))
