@@ -3,8 +3,9 @@
 
 from typing import Any
 
+from fastkv.arrays import ArrayInfo
 from fastkv.dtypes import FLOATS
-from fastkv.errors import MissingTensorError
+from fastkv.errors import MissingTensorError, ShapeError
 from fastkv.integrations.fastdeploy.tensors import described, require_dtype, require_shape
 
 
@@ -34,12 +35,21 @@ def float32_sinks(op: str, sinks: Any, fmt: str | None) -> Any:
     return sinks if info.dtype == "float32" else sinks.astype("float32")
 
 
+def describe_qkv(op: str, qkv: Any, fmt: str | None) -> ArrayInfo:
+    """The description of qkv, which has two dimensions and a float dtype."""
+    expected = "a tensor [T, (Hq + 2*Hkv) * D]"
+    info = described(op, "qkv", qkv, expected, fmt)
+    require_dtype(op, "qkv", info, FLOATS, fmt)
+    if len(info.shape) != 2:
+        raise ShapeError(op, "qkv", format=fmt, expected=expected, got=str(list(info.shape)))
+    return info
+
+
 def add_bias(op: str, qkv: Any, bias: Any, fmt: str, argument: str = "qkv_bias") -> Any:
     """Qkv plus bias, in a tensor of its own; qkv itself where there is none."""
-    info = described(op, "qkv", qkv, "a tensor [T, (Hq + 2*Hkv) * D]", fmt)
+    info = describe_qkv(op, qkv, fmt)
     if bias is None:
         return qkv
-    require_dtype(op, "qkv", info, FLOATS, fmt)
     found = described(op, argument, bias, "a tensor [(Hq + 2*Hkv) * D]", fmt)
     require_dtype(op, argument, found, FLOATS, fmt)
     require_shape(op, argument, found, info.shape[1:], fmt)

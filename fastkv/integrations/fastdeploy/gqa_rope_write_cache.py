@@ -7,7 +7,7 @@ from fastkv import ops
 from fastkv.cache import LayerCache
 from fastkv.contracts.numbers import is_integer
 from fastkv.errors import ContractError
-from fastkv.integrations.fastdeploy.arguments import norm_arguments
+from fastkv.integrations.fastdeploy.arguments import describe_qkv, norm_arguments
 from fastkv.integrations.fastdeploy.calls import older_calls, refuse_unserved, reported_as
 from fastkv.integrations.fastdeploy.layer_cache import layer_cache, names_of
 from fastkv.integrations.fastdeploy.requests import Requests
@@ -115,6 +115,7 @@ def gqa_rope_write_cache(
     scales = {name: given[name] for name in _SCALES}
     cache = layer_cache(_OP, key_cache, value_cache, scales, cache_quant_type)
     fmt = cache.quant.name.value
+    describe_qkv(_OP, qkv, fmt)
     norm = norm_arguments(_OP, q_norm_weight, k_norm_weight, rms_norm_eps, fmt)
     rope = rope_of(_OP, rotary_embs, cache.spec.head_dim, use_neox_rotary_style, fmt)
     requests = Requests.from_fields(_OP, given, fmt)

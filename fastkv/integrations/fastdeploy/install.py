@@ -34,6 +34,9 @@ OPS: dict[str, Any] = {
 def install(module: ModuleType) -> tuple[str, ...]:
     """Replace the ops that a module has by name, such as `…attention.flash_mask_attn_backend`.
 
+    A backend class that keeps Paddle's flash attention as `flash_attn_func`, and would ask the GPU
+    which of the two to take, gets fastkv's, with no further arguments.
+
     Args:
         module: of the engine; a name that it holds as None, for want of a GPU, is replaced too.
 
@@ -53,4 +56,8 @@ def install(module: ModuleType) -> tuple[str, ...]:
         )
     for name in found:
         setattr(module, name, OPS[name])
+    for value in vars(module).values():
+        if isinstance(value, type) and hasattr(value, "flash_attn_func"):
+            value.flash_attn_func = staticmethod(flash_attn_unpadded)
+            value.flash_attn_kwargs = {}  # type: ignore[attr-defined]
     return found

@@ -143,6 +143,23 @@ def test_the_engines_head_dim_and_page_size(backend, fmt):
     assert Full(np.random.default_rng(19), backend, fmt, dtype="bfloat16").run(MIXTURE[:2]).rows
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, *OWN])
+@pytest.mark.parametrize("requests", [0, 3])
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_batch_of_nothing(backend, requests, padding):
+    engine = Engine(np.random.default_rng(26), backend, "cache_int8")
+    step = Gathered(prefill=tuple((r, 0) for r in range(requests)))
+    before = [bits(cache) for cache in engine.caches]
+    for offsets in (None, np.zeros((padding, 2), np.int32)):
+        if offsets is not None and backend.endswith("flash"):
+            continue
+        out = engine._forward(engine.tokens(step)[:padding], engine.meta(step, 0, offsets))
+        assert out.shape == (padding, 6, 16)
+        assert not out.any()
+    for cache, want in zip(engine.caches, before, strict=True):
+        assert_same_bits(cache, want)
+
+
 # Bad input, through the rebuilt backends: nothing has been written
 
 

@@ -284,9 +284,13 @@ def test_install_fills_the_names_that_a_module_has():
     module = ModuleType("flash_mask_attn_backend")
     module.append_attention = module.merge_prefill_decode_output = None
     module.paddle = paddle
+    module.FlashBackend = type("FlashBackend", (), {"flash_attn_func": None})
     assert fastdeploy.install(module) == ("append_attention", "merge_prefill_decode_output")
     assert module.append_attention is fastdeploy.append_attention
     assert not hasattr(module, "gqa_rope_write_cache")
+    assert module.FlashBackend().flash_attn_func is fastdeploy.flash_attn_unpadded
+    assert module.FlashBackend.flash_attn_kwargs == {}
+    assert module.paddle is paddle
     with pytest.raises(ContractError, match=r"install: module: .* got empty"):
         fastdeploy.install(ModuleType("empty"))
 

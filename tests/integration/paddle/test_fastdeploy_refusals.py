@@ -122,6 +122,37 @@ def test_a_tensor_that_the_format_has_no_use_for_is_refused(fmt):
         assert (error.op, error.argument, error.format) == ("append_attention", name, fmt)
 
 
+@pytest.mark.parametrize("op", ["append_attention", "gqa_rope_write_cache"])
+@pytest.mark.parametrize(
+    ("name", "value", "got"),
+    [
+        ("qkv", None, "None"),
+        ("qkv", paddle.zeros([14, 160], "int32"), "int32"),
+        ("qkv", paddle.zeros([14]), "[14]"),
+        ("qkv", paddle.zeros([14, 150]), "[14, 150]"),
+        ("seq_lens_this_time", None, "None"),
+        ("seq_lens_encoder", None, "None"),
+        ("block_tables", None, "None"),
+        ("cu_seqlens_q", paddle.zeros([7], "int64"), "int64"),
+        ("value_cache", paddle.zeros([40, 2, 4, 8], "uint8"), "[40, 2, 4, 8]"),
+        ("key_cache", paddle.zeros([40, 2, 4, 16], "int16"), "int16"),
+        ("rotary_embs", paddle.zeros([2, 1, 32, 1, 12]), "[2, 1, 32, 1, 12]"),
+        ("rotary_embs", paddle.zeros([2, 1, 32, 8]), "[2, 1, 32, 8]"),
+        ("rms_norm_eps", -1.0, "-1.0"),
+    ],
+)
+def test_bad_arguments_are_named_by_both_ops_that_write(op, name, value, got):
+    engine, append, write = step()
+    given = (append if op == "append_attention" else write) | {name: value}
+    before = [cache.copy() for cache in engine.caches]
+    with pytest.raises(ContractError) as caught:
+        getattr(fastdeploy, op)(**given)
+    error = caught.value
+    assert (error.op, error.argument, error.format, error.got) == (op, name, "cache_int8", got)
+    for cache, want in zip(engine.caches, before, strict=True):
+        assert (cache.view("u1") == want.view("u1")).all()
+
+
 def test_the_output_is_checked_before_anything_is_written():
     engine, append, _ = step()
     before = [cache.copy() for cache in engine.caches]
