@@ -54,7 +54,7 @@ def append(op: str, given: Mapping[str, Any]) -> Any:
     qkv = add_bias(op, given["qkv"], given["qkv_bias"], fmt)
     attend = _attention_arguments(op, given, int(qkv.shape[0]), fmt)
     out = _out(op, given.get("out"), qkv, cache)
-    with reported_as(op, _NAMES | names_of(scales), fmt):
+    with reported_as(op, _NAMES | names_of(scales)):
         return _run(op, qkv, cache, requests, write, attend, out)
 
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 _LAYER = ("linear_shift", "linear_smooth", "out_scale", "qkv_scale")
 
 
-def meta_from(forward_meta: Any, spec: CacheSpec, *, gathered: bool = True) -> BatchMeta:
+def meta_from(
+    forward_meta: Any, spec: CacheSpec | None = None, *, gathered: bool = True
+) -> BatchMeta:
     """The batch of a step, as fastkv's backends take it.
 
     Requests keep the engine's order, prefill and decode interleaved. `num_decode` counts the
@@ -36,7 +38,8 @@ def meta_from(forward_meta: Any, spec: CacheSpec, *, gathered: bool = True) -> B
         forward_meta: the engine's `ForwardMeta`: `caches`, `seq_lens_encoder`, `seq_lens_decoder`,
             `seq_lens_this_time`, `cu_seqlens_q`, `block_tables`, and, where it has them,
             `rotary_embs` and `attn_mask_offsets`.
-        spec: what `caches` holds.
+        spec: what `caches` holds; None takes that of `forward_meta.attn_backend`, where it is an
+            `AttentionBackend` of this module.
         gathered: also give `cu_seqlens_k`, `total_k` and `num_decode`, which the backends `flash`
             and `flash_mask` need; on a GPU this waits for the lengths, once a step.
 
@@ -46,7 +49,10 @@ def meta_from(forward_meta: Any, spec: CacheSpec, *, gathered: bool = True) -> B
         ContractError: a field that is missing or misshapen.
     """
     op = "meta_from"
+    if spec is None:
+        spec = getattr(getattr(forward_meta, "attn_backend", None), "spec", None)
     require_kind(op, "spec", spec, CacheSpec)
+    assert isinstance(spec, CacheSpec), "required just above"
     given = {name: getattr(forward_meta, name, None) for name in _FIELDS}
     refuse_unserved(op, None, given, "forward_meta.")
     caches = _caches(op, given["caches"], spec)
@@ -123,7 +129,7 @@ class LayerView:
 
 
 class AttentionBackend:
-    """A backend of fastkv that the engine can call in place of its own.
+    """A backend of fastkv's with the `forward_mixed` of the engine's.
 
     Args:
         spec: the cache, `spec_from_config` of the model or its `shard`.

@@ -98,13 +98,12 @@ def older_calls(*omitted: tuple[str, ...]) -> Callable[[Callable[_P, _R]], Calla
 
 
 @contextmanager
-def reported_as(op: str, names: Mapping[str, str], fmt: str | None = None) -> Iterator[None]:
+def reported_as(op: str, names: Mapping[str, str]) -> Iterator[None]:
     """Give errors of fastkv's ops the engine's names: op and argument as the caller spells them.
 
     Args:
         op: the engine's op.
         names: fastkv's argument -> the engine's.
-        fmt: format of the cache, where the error names none.
     """
     try:
         yield
@@ -113,5 +112,4 @@ def reported_as(op: str, names: Mapping[str, str], fmt: str | None = None) -> It
         if spelled is not None and spelled[0] in names:
             error.argument = names[spelled[0]] + error.argument[spelled.end() :]
         error.op = op
-        error.format = error.format or fmt
         raise

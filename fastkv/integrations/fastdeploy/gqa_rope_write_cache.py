@@ -122,7 +122,7 @@ def gqa_rope_write_cache(
     count = requests.cached.shape[0]
     sums = flat_int32(_OP, "cu_seqlens_k", cu_seqlens_k, count + 1, fmt)
     total = _require_count(kv_token_num, fmt)
-    with reported_as(_OP, _NAMES | names_of(scales), fmt):
+    with reported_as(_OP, _NAMES | names_of(scales)):
         return _run(qkv, cache, requests, sums, total, rope=rope, **norm)
 
 

@@ -121,6 +121,11 @@ def test_meta_from_keeps_the_order_and_counts_the_leading_decode_requests():
     assert batch.rope is batch.mask_offsets is None
     plain = fastdeploy.meta_from(meta, spec, gathered=False)
     assert (plain.num_decode, plain.total_k, plain.cu_seqlens_k) == (0, None, None)
+    meta.attn_backend = fastdeploy.AttentionBackend(spec, "append")
+    assert fastdeploy.meta_from(meta).spec is spec
+    meta.attn_backend = SimpleNamespace()  # one of the engine's own
+    with pytest.raises(MissingTensorError, match="meta_from: spec: expected a CacheSpec, got None"):
+        fastdeploy.meta_from(meta)
     meta.seq_lens_decoder = None
     with pytest.raises(MissingTensorError, match="meta_from: seq_lens_decoder"):
         fastdeploy.meta_from(meta, spec)
