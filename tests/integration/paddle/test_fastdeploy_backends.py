@@ -143,6 +143,20 @@ def test_the_engines_head_dim_and_page_size(backend, fmt):
     assert Full(np.random.default_rng(19), backend, fmt, dtype="bfloat16").run(MIXTURE[:2]).rows
 
 
+class Coincident(Engine):
+    """As many pages as channels: paged scales are not taken for multipliers per channel."""
+
+    dim = 20
+
+
+@either_kind
+@pytest.mark.parametrize("fmt", ["block_wise_fp8", "cache_int8"])
+def test_as_many_pages_as_channels(backend, fmt):
+    engine = Coincident(np.random.default_rng(27), backend, fmt)
+    assert len(engine.caches[0]) == engine.heads * engine.dim
+    assert engine.run(MIXTURE[:3]).rows
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, *OWN])
 @pytest.mark.parametrize("requests", [0, 3])
 @pytest.mark.parametrize("padding", [0, 2])
