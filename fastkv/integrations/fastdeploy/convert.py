@@ -27,7 +27,7 @@ _ENGINE = (2, 4, 2, 2)  # a, d, c, e
 
 
 def cache_from_fastdeploy(stored: Any, side: str, cache_quant_type: str = "cache_int8") -> Any:
-    """Fastkv's K or V tensor from the engine's, in one copy.
+    """K or V as fastkv stores it, in a new tensor.
 
     Args:
         stored: uint8 `[N, Hkv, 64, 128]`, as the engine's kernels wrote it.
@@ -49,7 +49,7 @@ def cache_from_fastdeploy(stored: Any, side: str, cache_quant_type: str = "cache
 
 
 def cache_to_fastdeploy(codes: Any, side: str, cache_quant_type: str = "cache_int8") -> Any:
-    """The engine's K or V tensor from fastkv's, in one copy; arguments as the other way round.
+    """K or V as the engine stores it, in a new tensor.
 
     Args:
         codes: int8 (or its bytes as uint8) `[N, Hkv, 64, 128]`.

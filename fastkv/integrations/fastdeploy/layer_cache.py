@@ -62,7 +62,7 @@ def layer_cache(
 
 
 def names_of(scales: Mapping[str, Any]) -> dict[str, str]:
-    """Fastkv's names of a cache's tensors -> the engine's; `scales` as in `layer_cache`."""
+    """Names of a cache's tensors in fastkv -> in the engine; `scales` as in `layer_cache`."""
     names = {"cache.k": "key_cache", "cache.v": "value_cache"}
     for field, name in zip(_FIELDS, scales, strict=True):
         names[f"cache.static.{field}"] = name

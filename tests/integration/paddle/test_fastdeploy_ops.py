@@ -312,3 +312,24 @@ def test_gqa_returns_the_rotated_qkv_too():
     assert (heads[:12, 6:8] == k.numpy()).all()
     assert (heads[:12, 8:] == v.numpy()).all()
     assert not np.allclose(heads[:12], qkv.reshape(14, -1, 16)[:12], atol=0.1)
+
+
+@pytest.mark.parametrize("requests", [0, 2])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_nothing_to_do_for_the_ops_of_a_prompt(requests, rows):
+    lengths, sums = paddle.zeros([requests], "int32"), paddle.zeros([requests + 1], "int32")
+    k_cache, v_cache = (paddle.full([4, 2, 4, 16], 7.0) for _ in "kv")
+    q, k, v, rotated = fastdeploy.gqa_rope_write_cache(
+        *(paddle.ones([rows, 160]), k_cache, v_cache, sums, sums, paddle.zeros([2, 1, 32, 1, 8])),
+        *(lengths, lengths, lengths, None, paddle.zeros([requests, 3], "int32")),
+        *(*[None] * 15, 0, 32, 1e-6, False, "none", False),
+    )
+    assert [x.shape[0] for x in (q, k, v, rotated)] == [rows, 0, 0, rows]
+    out = paddle.full([rows, 96], 5.0)
+    fastdeploy.flash_mask_attention(q, k, v, sums, sums, lengths, out, None, 6, 2, 16)
+    fastdeploy.merge_prefill_decode_output(
+        out, paddle.zeros([rows, 96]), lengths, lengths, lengths, sums, 6, 16, 1
+    )
+    assert (out == 5.0).all()
+    assert (k_cache == 7.0).all()
+    assert not q.any()
