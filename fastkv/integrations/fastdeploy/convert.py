@@ -7,8 +7,9 @@ transpose `[D, P]` for V, keeps blocks of 16 rows, and within one of them and 32
 
     row 8*a + r, column 16*b + 8*c + 2*d + e  ->  row 8*b + r, column 16*a + 4*d + 2*c + e
 
-(read off the write kernel of the engine's decode rows, `append_decode_cache_int8_rope_kernel`).
-That kernel exists for D = 128 and P = 64 alone, and so does the conversion.
+(read off the engine's two write kernels, `append_write_cache_kv_c8_qkv` for prompts and
+`append_decode_cache_int8_rope_kernel` for decode, which agree). The engine has them for D = 128 and
+P = 64 alone, and so is the conversion.
 """
 
 from typing import Any
