@@ -74,7 +74,7 @@ def test_rope_without_norm(backend, style):
     assert engine.run(MIXTURE[:3]).rows
 
 
-@every_backend
+@either_kind
 @pytest.mark.parametrize("fmt", ["none", "cache_int4_zp", "block_wise_fp8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(backend, fmt, dtype):
@@ -215,7 +215,7 @@ def test_a_missing_scale_is_named(backend, name):
     assert (error.format, error.got) == ("cache_int4_zp", "None")
 
 
-@every_backend
+@either_kind
 @pytest.mark.parametrize(
     ("fmt", "shape"),
     [
