@@ -37,6 +37,14 @@ class Step:
     def entries(self):
         return [*self.decode, *self.prefill]
 
+    def is_decode(self, b):
+        """Whether an entry is a decode or draft request."""
+        return b < len(self.decode)
+
+    def is_gathered(self, b):
+        """Whether a gathering backend serves an entry over contiguous keys."""
+        return not self.is_decode(b)
+
 
 #: Prefill, prefill over a cached prefix, decode, several draft tokens of which some are rejected,
 #: and empty requests of either kind, with and without a cached prefix.
@@ -78,6 +86,7 @@ class Engine:
     """
 
     heads, query_heads, dim, page, rotary = HEADS, QUERY_HEADS, DIM, PAGE, DIM - 4
+    layer_id, scale_dtype, interleaved = 1, "float32", False
 
     def __init__(
         self,
@@ -92,25 +101,36 @@ class Engine:
         **options,
     ):
         self.rng, self.fmt, self.dtype, self.rotated = rng, fmt, dtype, rotated
-        self.formats = ["block_wise_fp8", fmt, "cache_int8"]
-        self.spec = CacheSpec(3, self.heads, self.dim, self.page, self.formats, "bfloat16")
+        self.formats = self._formats()
+        self.spec = CacheSpec(
+            3, self.heads, self.dim, self.page, self.formats, "bfloat16", self.scale_dtype
+        )
         self.exact_prefill = EXACT_PREFILL[backend]
         self.backend = get_backend(self.spec, name=backend, ops=ops)
         self.lengths = [0] * 6
         self._allocate()
-        self.static = static_scales(rng, fmt, self.heads, self.dim, largest_zp=3.0)
+        self.static = self._static()
         given = {name: getattr(self.static, f) for name, f in STATIC[fmt].items()}
         if "cache_k_zp" not in given:
             given |= {"cache_k_zp": None, "cache_v_zp": None}
-        self.rope = Rope.from_theta(100.0, self.rotary, 8 * self.page) if rotated else None
+        tables = (100.0, self.rotary, 8 * self.page)
+        self.rope = Rope.from_theta(*tables, interleaved=self.interleaved) if rotated else None
         if rotated:
             given |= {"rms_norm_eps": 1e-3, "norm_after_rope": norm_after_rope}
             given |= {
                 f"{s}_norm_weight": rng.uniform(0.5, 1.5, self.dim).astype("f4") for s in "qk"
             }
         self.layer = SimpleNamespace(
-            layer_id=1, cache_quant_type_str=fmt, **(given | {"causal": True} | options)
+            layer_id=self.layer_id,
+            cache_quant_type_str=fmt,
+            **(given | {"causal": True} | options),
         )
+
+    def _formats(self):
+        return ["block_wise_fp8", self.fmt, "cache_int8"]
+
+    def _static(self):
+        return static_scales(self.rng, self.fmt, self.heads, self.dim, largest_zp=3.0)
 
     def _allocate(self):
         columns, num_pages = 6, 6 * 6 + 4
@@ -124,8 +144,9 @@ class Engine:
     @property
     def cache(self):
         """The layer's part of the list, found once more by the sum of what is before it."""
-        first = first_index(self.formats, 1)
-        tensors = [*self.caches[first : first_index(self.formats, 2)], None, None][:4]
+        first = first_index(self.formats, self.layer_id)
+        last = first_index(self.formats, self.layer_id + 1)
+        tensors = [*self.caches[first:last], None, None][:4]
         names = ("k", "v", "k_scale", "v_scale")
         quant = SimpleNamespace(name=SimpleNamespace(value=self.fmt))
         found = dict(zip(names, tensors, strict=True))
@@ -192,14 +213,14 @@ class Engine:
         assert out.shape == (rows + PADDING, self.query_heads, self.dim)
         assert out.dtype == qkv.dtype
         assert not out[rows:].any(), "padding rows are 0"
-        heads = oracle.values_of(qkv).reshape(len(qkv), -1, self.dim)
+        heads = self._values(qkv).reshape(len(qkv), -1, self.dim)
         for b, entry in enumerate(step.entries):
             own = slice(int(meta.cu_seqlens_q[b]), int(meta.cu_seqlens_q[b + 1]))
             cached = self.lengths[entry[0]]
             q, k, v = self._rotate(heads[own], cached)
             self._check_written(meta.block_table[b], cached, k, v, before)
             intervals = None if meta.mask_offsets is None else meta.mask_offsets[own]
-            exact = self.exact_prefill and b >= len(step.decode)
+            exact = self.exact_prefill and step.is_gathered(b)
             if entry[1]:
                 held = {
                     side: oracle.read_cache(
@@ -216,6 +237,10 @@ class Engine:
     def _forward(self, qkv, meta):
         return self.backend.forward_mixed(qkv, self.layer, meta)
 
+    def _values(self, qkv):
+        """Float64 of what is normed, rotated and written."""
+        return oracle.values_of(qkv)
+
     def _rotate(self, heads, cached):
         """Float64 Q, K, V of one request's new tokens, after norm and RoPE."""
         q, k, v = np.split(heads, [self.query_heads, self.query_heads + self.heads], axis=1)
@@ -227,7 +252,7 @@ class Engine:
             return oracle.rms_norm(x, weight, layer.rms_norm_eps)
 
         def rotate(x):
-            return oracle.rope(x, self.rope.cos[at], self.rope.sin[at], False)
+            return oracle.rope(x, self.rope.cos[at], self.rope.sin[at], self.interleaved)
 
         if layer.norm_after_rope:
             q, k = norm(rotate(q), layer.q_norm_weight), norm(rotate(k), layer.k_norm_weight)
@@ -237,15 +262,14 @@ class Engine:
 
     def _check_written(self, pages, cached, k, v, before):
         """The new tokens are in the cache, quantized; takes them over into `before`."""
-        first = first_index(self.formats, 1)
+        first = first_index(self.formats, self.layer_id)
         length = cached + len(k)
+        dtypes = {"dtype": "bfloat16", "scale_dtype": self.scale_dtype}
         for at, (side, x) in enumerate((("k", k), ("v", v))):
             static = self.static
             quant = None if static is None else getattr(static, f"{side}_quant")
             zp = None if static is None else getattr(static, f"{side}_zp")
-            stored, scale = oracle.quantize(
-                self.fmt, oracle.f32(x), quant=quant, zp=zp, dtype="bfloat16"
-            )
+            stored, scale = oracle.quantize(self.fmt, oracle.f32(x), quant=quant, zp=zp, **dtypes)
             is_exact = side == "v" or not self.rotated
             for j in range(len(x)):
                 page, slot = pages[(cached + j) // self.page], (cached + j) % self.page
@@ -259,7 +283,7 @@ class Engine:
             got = oracle.read_cache(self.cache, side, pages, length)[cached:]
             dequant = None if static is None else getattr(static, f"{side}_dequant")
             want = oracle.dequantize(
-                self.fmt, stored, dequant=dequant, zp=zp, scale=scale, dtype="bfloat16"
+                self.fmt, stored, dequant=dequant, zp=zp, scale=scale, **dtypes
             )
             assert (np.abs(got - want) <= self._step_at(want, dequant)).all(), f"{side} was stored"
 
@@ -277,9 +301,7 @@ class Engine:
             sides = {"k": np.concatenate([held["k"][: length - new], k])}
             sides["v"] = np.concatenate([held["v"][: length - new], v])
         options = self._options()
-        mask = oracle.visible_mask(
-            new, length, self.layer.causal, getattr(self.layer, "sliding_window", None), intervals
-        )
+        mask = self._visible(new, length, intervals)
         want, _ = oracle.attention(q, sides["k"], sides["v"], mask, **options)
         allowed = self._tolerance(q, sides["k"], sides["v"], want, options)
         off = np.abs(oracle.values_of(out) - want)
@@ -292,6 +314,10 @@ class Engine:
         seen.changed = max(seen.changed, float((np.abs(other - want) / allowed).max()))
         read, _ = oracle.attention(q, held["k"], held["v"], mask, **options)
         seen.exact = max(seen.exact, float((np.abs(read - want) / allowed).max()))
+
+    def _visible(self, new, length, intervals):
+        window = getattr(self.layer, "sliding_window", None)
+        return oracle.visible_mask(new, length, self.layer.causal, window, intervals)
 
     def _options(self):
         scale = getattr(self.layer, "softmax_scale", None)
