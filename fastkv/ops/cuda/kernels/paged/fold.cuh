@@ -185,7 +185,7 @@ struct NodeCopies {
   __device__ __forceinline__ void start(const Shared& sh, int round, int base, int count,
                                         int at) const {
     const u32 to = slots_of(round);
-#pragma unroll
+#pragma unroll 4
     for (int k = 0; k < kSlots; ++k) {
       if (base + k < count) copy_async(to + 512 * k, sh.node[base + k] + at);
     }

@@ -84,6 +84,7 @@ struct Share {
     const u32 most = each + (longer != 0);
     // Multiples of a power of two, so that items fall to few blocks, or whole ones to one, where
     // that leaves at most a sixteenth of the blocks without work.
+#pragma unroll 1
     for (u32 unit = kGroup; unit > 1; unit /= 2) {
       const u32 even = (most + unit - 1) / unit * unit;
       if (total + even <= even * (blocks - blocks / 16)) continue;

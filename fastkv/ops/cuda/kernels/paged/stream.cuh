@@ -73,8 +73,11 @@ struct Stream {
         copy_tile<true>(to, k, p.k_strides, page, at);
         copy_tile<true>(to + kTileBytes, v, p.v_strides, page, at);
       } else {
-        copy_tile<false>(to, k, p.k_strides, page, at);
-        copy_tile<false>(to + kTileBytes, v, p.v_strides, page, at);
+#pragma unroll 1
+        for (int side = 0; side < 2; ++side) {  // rare: less code is worth more than time
+          copy_tile<false>(to + side * kTileBytes, side == 0 ? k : v,
+                           side == 0 ? p.k_strides : p.v_strides, page, at);
+        }
       }
       if constexpr (kPagedScales) copy_scales(issued, page);
     }
