@@ -163,7 +163,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, FASTKV_BLOCKS)
     paged_attention(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 memory[];
   Shared& sh = *reinterpret_cast<Shared*>(memory);
-  prefetch_metadata(p);
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int begin_rows = p.cu_seqlens_q[0], end_rows = p.cu_seqlens_q[p.table.requests];

@@ -73,18 +73,6 @@ __device__ __forceinline__ void prefetch(const void* at) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 
-// Bring the batch's metadata to L2, a line a thread, while the kernel before this one may still run:
-// no value is read.
-__device__ __forceinline__ void prefetch_metadata(const Params& p) {
-  const int line = blockIdx.x + gridDim.x * threadIdx.x;
-  const TableShape& table = p.table;
-  if (i64(line) * 32 < i64(table.requests) * table.row) prefetch(p.block_table + i64(line) * 32);
-  if (line * 32 < table.requests) {
-    prefetch(p.cu_seqlens_q + line * 32);
-    prefetch(p.cache_seqlens + line * 32);
-  }
-}
-
 // Bring to L2 what the start of the block's next item waits for: by then the tiles of this one would
 // have driven it out.
 __device__ __forceinline__ void prefetch_next_item(const Params& p, const Shared& sh) {
