@@ -28,7 +28,8 @@ _LAYER = (
 )
 _READ = _LAYER.replace("({0})", "").replace("({1})", "").replace("({2})", "").replace("({3})", "")
 _WRITTEN = _LAYER.format("a!", "b!", "c!", "d!")
-_BATCH = "Tensor cu_seqlens_q, Tensor cache_seqlens, Tensor block_table"
+_BATCH = ("cu_seqlens_q", "cache_seqlens", "block_table")
+_OPTIONS = ("scale", "window", "soft_cap", "sinks", "mask_offsets")
 
 
 def rope_write_kv(
@@ -58,16 +59,9 @@ def rope_write_kv(
     """
     batch = (cu_seqlens_q, cache_seqlens, block_table)
     if torch.compiler.is_compiling():
-        tables = (None, None, False) if rope is None else (rope.cos, rope.sin, rope.interleaved)
+        tables = () if rope is None else (rope.cos, rope.sin, rope.interleaved)
         return torch.ops.fastkv.rope_write_kv(qkv, *_parts(layer), *batch, *tables)
-    return ops.rope_write_kv(
-        qkv,
-        layer,
-        cu_seqlens_q=cu_seqlens_q,
-        cache_seqlens=cache_seqlens,
-        block_table=block_table,
-        rope=rope,
-    )
+    return ops.rope_write_kv(qkv, layer, **dict(zip(_BATCH, batch, strict=True)), rope=rope)
 
 
 def paged_attention(
@@ -77,11 +71,7 @@ def paged_attention(
     cu_seqlens_q: Any,
     cache_seqlens: Any,
     block_table: Any,
-    scale: float | None = None,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    sinks: Any = None,
-    mask_offsets: Any = None,
+    **options: Any,
 ) -> Any:
     """`fastkv.ops.paged_attention`, causal, eager or compiled.
 
@@ -91,11 +81,7 @@ def paged_attention(
         cu_seqlens_q: int32 `[B+1]`.
         cache_seqlens: int32 `[B]`.
         block_table: int32 `[B, M]`.
-        scale: as in the op, like all that follows.
-        window: keys that a row sees, its own included.
-        soft_cap: of the logits.
-        sinks: float32 `[Hq]`.
-        mask_offsets: int32 `[T, 2]`.
+        **options: `scale`, `window`, `soft_cap`, `sinks` and `mask_offsets`, as in the op.
 
     Returns:
         `out [T, Hq, D]` in q's dtype.
@@ -105,20 +91,8 @@ def paged_attention(
     """
     batch = (cu_seqlens_q, cache_seqlens, block_table)
     if torch.compiler.is_compiling():
-        options = (scale, window, soft_cap, sinks, mask_offsets)
-        return torch.ops.fastkv.paged_attention(q, *_parts(layer), *batch, *options)
-    return ops.paged_attention(
-        q,
-        layer,
-        cu_seqlens_q=cu_seqlens_q,
-        cache_seqlens=cache_seqlens,
-        block_table=block_table,
-        scale=scale,
-        window=window,
-        soft_cap=soft_cap,
-        sinks=sinks,
-        mask_offsets=mask_offsets,
-    )
+        return torch.ops.fastkv.paged_attention(q, *_parts(layer), *batch, *map(options.get, _OPTIONS))
+    return ops.paged_attention(q, layer, **dict(zip(_BATCH, batch, strict=True)), **options)
 
 
 def _parts(layer: LayerCache) -> tuple[Any, ...]:
@@ -153,38 +127,29 @@ def _name(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+# A custom op's arguments come by position, and the dispatcher leaves out defaults at the end.
+
+
 def _rope_write_kv(qkv: Any, *parts: Any) -> Any:
-    layer, (cu_seqlens_q, cache_seqlens, block_table, cos, sin, interleaved) = parts[:6], parts[6:]
+    layer, batch, rope = parts[:6], parts[6:9], parts[9:]
     return ops.rope_write_kv(
         qkv,
         _layer(*layer),
-        cu_seqlens_q=cu_seqlens_q,
-        cache_seqlens=cache_seqlens,
-        block_table=block_table,
-        rope=None if cos is None else Rope(cos, sin, interleaved),
+        **dict(zip(_BATCH, batch, strict=True)),
+        rope=Rope(*rope) if rope and rope[0] is not None else None,
     )
 
 
-def _rope_write_kv_fake(qkv: Any, k: Any, v: Any, *parts: Any) -> Any:
-    dim = k.shape[3] * quant_spec(parts[3]).elements_per_item
+def _rope_write_kv_fake(qkv: Any, *parts: Any) -> Any:
+    k, *_, quant = parts[:6]
+    dim = k.shape[3] * quant_spec(quant).elements_per_item
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] // dim - 2 * k.shape[1], dim)
 
 
 def _paged_attention(q: Any, *parts: Any) -> Any:
-    layer, (cu_seqlens_q, cache_seqlens, block_table, *options) = parts[:6], parts[6:]
-    scale, window, soft_cap, sinks, mask_offsets = options
-    return ops.paged_attention(
-        q,
-        _layer(*layer),
-        cu_seqlens_q=cu_seqlens_q,
-        cache_seqlens=cache_seqlens,
-        block_table=block_table,
-        scale=scale,
-        window=window,
-        soft_cap=soft_cap,
-        sinks=sinks,
-        mask_offsets=mask_offsets,
-    )
+    layer, batch, options = parts[:6], parts[6:9], parts[9:]
+    given = dict(zip(_BATCH, batch, strict=True)) | dict(zip(_OPTIONS, options, strict=False))
+    return ops.paged_attention(q, _layer(*layer), **given)
 
 
 def _paged_attention_fake(q: Any, *_: Any) -> Any:
@@ -193,21 +158,22 @@ def _paged_attention_fake(q: Any, *_: Any) -> Any:
 
 def _define() -> None:
     """Register both ops; once a process, however often the module is reloaded."""
+    batch = ", ".join(f"Tensor {name}" for name in _BATCH)
     rope = "Tensor? cos=None, Tensor? sin=None, bool interleaved=False"
-    options = "float? scale=None, SymInt? window=None, float? soft_cap=None"
+    numbers = "float? scale=None, int? window=None, float? soft_cap=None"
     tensors = "Tensor? sinks=None, Tensor? mask_offsets=None"
     write = torch.library.custom_op(
         "fastkv::rope_write_kv",
         _rope_write_kv,
         mutates_args=("k_cache", "v_cache", "k_scale", "v_scale"),
-        schema=f"(Tensor qkv, {_WRITTEN}, {_BATCH}, {rope}) -> Tensor",
+        schema=f"(Tensor qkv, {_WRITTEN}, {batch}, {rope}) -> Tensor",
     )
     write.register_fake(_rope_write_kv_fake)
     attend = torch.library.custom_op(
         "fastkv::paged_attention",
         _paged_attention,
         mutates_args=(),
-        schema=f"(Tensor q, {_READ}, {_BATCH}, {options}, {tensors}) -> Tensor",
+        schema=f"(Tensor q, {_READ}, {batch}, {numbers}, {tensors}) -> Tensor",
     )
     attend.register_fake(_paged_attention_fake)
 
