@@ -11,7 +11,9 @@ for _name in ("torch", "transformers"):
 
 from fastkv.integrations.transformers.attention import register  # noqa: E402
 from fastkv.integrations.transformers.cache import PagedCache  # noqa: E402
+from fastkv.integrations.transformers.continuous import continuous_batching  # noqa: E402
+from fastkv.integrations.transformers.scales import calibrate  # noqa: E402
 
-__all__ = ["PagedCache", "register"]
+__all__ = ["PagedCache", "calibrate", "continuous_batching", "register"]
 
 register()

@@ -46,7 +46,7 @@ def require_scales(rows: tuple[QuantSpec, ...], scales: Scales) -> None:
             format=static.name.value,
             expected="StaticScales of each layer, {layer: StaticScales}",
             got="None",
-            hint="fastkv.integrations.transformers.calibrate makes them.",
+                hint="fastkv.integrations.transformers.calibrate makes them.",
         )
     if static is None and scales is not None:
         raise SurplusTensorError(
@@ -101,9 +101,8 @@ class Bound:
         layers = module.config.num_hidden_layers
         spec = CacheSpec(layers, heads, dim, page_size, formats, dtype, scale_dtype)
         query_heads = query.shape[1]
-        where = _device(key.device)
-        select_backend("append", spec, where, num_query_heads=query_heads)
-        static = _static(spec, scales, key.device)
+        require_kernels(spec, query_heads, key.device)
+        static = static_scales(spec, scales, key.device)
         return cls(spec, static, batch, query_heads, key.dtype, key.device)
 
     def check(self, module: Any, layer_idx: int, query: Any, key: Any, value: Any) -> None:
@@ -145,15 +144,16 @@ def _require_served_layers(config: Any) -> None:
         )
 
 
-def _device(device: Any) -> str:
-    """As `select_backend` spells it: with the compute capability of a GPU."""
-    if device.type != "cuda":
-        return str(device.type)
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"cuda:{10 * major + minor}"
+def require_kernels(spec: CacheSpec, query_heads: int, device: Any) -> None:
+    """Raise `SelectionError` unless kernels serve the cache on a PyTorch device."""
+    where = str(device.type)
+    if where == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        where = f"cuda:{10 * major + minor}"
+    select_backend("append", spec, where, num_query_heads=query_heads)
 
 
-def _static(spec: CacheSpec, scales: Scales, device: Any) -> tuple[StaticScales | None, ...]:
+def static_scales(spec: CacheSpec, scales: Scales, device: Any) -> tuple[StaticScales | None, ...]:
     """Each layer's scales, validated, on the device."""
     given = {} if scales is None else scales
     for layer in given:

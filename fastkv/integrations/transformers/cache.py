@@ -44,8 +44,8 @@ class PagedKeys:
         raise UnsupportedError(
             OP,
             "attn_implementation",
-            expected="'fastkv', with a PagedCache",
-            got="another",
+            expected="'fastkv', and a model that hands it keys as they come",
+            got=f"code that looks at keys.{name}",
             hint="Call model.set_attn_implementation('fastkv').",
         )
 
