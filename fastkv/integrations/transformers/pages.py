@@ -34,6 +34,7 @@ class Pages:
         self._batch, self._device = batch, device
         self._own = self._new(columns)
         self._spare: Any = None
+        self._shares = False  # whether requests may point to each other's full pages
         self.table = self._own.clone()
 
     @property
@@ -71,12 +72,13 @@ class Pages:
         filled, begun = divmod(length, self.page_size)
         old = self.table.index_select(0, indices)
         self.table[:, :filled] = old[:, :filled]
+        self._shares = True
         return self._move(filled, old[:, filled]) if begun else None
 
     def crop(self, length: int) -> Copies | None:
         """Make everything behind `length` tokens writable; returns what must be copied for that."""
         filled, begun = divmod(length, self.page_size)
-        if self._spare is None:  # nothing was ever reordered, so nothing is shared
+        if not self._shares:
             return None
         held = self.table[:, filled].clone() if begun else None
         self.table[:, filled:] = self._own[:, filled:]
@@ -95,3 +97,4 @@ class Pages:
     def reset(self) -> None:
         """All pages are their requests' own again."""
         self.table.copy_(self._own)
+        self._shares = False
