@@ -81,29 +81,38 @@ class Bound:
     @classmethod
     def of(
         cls,
-        module: Any,
-        query: Any,
-        key: Any,
+        config: Any,
+        shape: tuple[int, int, int, int],
+        dtype: Any,
+        device: Any,
         formats: Formats,
         scales: Scales,
         page_size: int,
         scale_dtype: str,
     ) -> "Bound":
-        """From a model's first attention.
+        """For a model and a batch.
+
+        Args:
+            config: the model's.
+            shape: B, Hq, Hkv, D.
+            dtype: of K and V, PyTorch's.
+            device: PyTorch's.
+            formats: as `PagedCache` takes them, like all that follows.
+            scales: likewise.
+            page_size: likewise.
+            scale_dtype: likewise.
 
         Raises:
             ContractError: heads, head dim, dtype, kinds of layers or scales that do not fit.
             SelectionError: no kernel serves them on the device.
         """
-        _require_served_layers(module.config)
-        batch, heads, _, dim = key.shape
-        dtype = str(key.dtype).removeprefix("torch.")
-        layers = module.config.num_hidden_layers
-        spec = CacheSpec(layers, heads, dim, page_size, formats, dtype, scale_dtype)
-        query_heads = query.shape[1]
-        require_kernels(spec, query_heads, key.device)
-        static = static_scales(spec, scales, key.device)
-        return cls(spec, static, batch, query_heads, key.dtype, key.device)
+        _require_served_layers(config)
+        batch, query_heads, heads, dim = shape
+        layers, name = config.num_hidden_layers, str(dtype).removeprefix("torch.")
+        spec = CacheSpec(layers, heads, dim, page_size, formats, name, scale_dtype)
+        require_kernels(spec, query_heads, device)
+        static = static_scales(spec, scales, device)
+        return cls(spec, static, batch, query_heads, dtype, device)
 
     def check(self, module: Any, layer_idx: int, query: Any, key: Any, value: Any) -> None:
         """Raise unless a layer's step is one of this model and batch."""

@@ -156,6 +156,33 @@ class PagedCache(Cache):  # type: ignore[misc]
         """The `CacheSpec`, None before the first attention."""
         return None if self._bound is None else self._bound.spec
 
+    def prepare(self, model: Any, batch_size: int) -> "PagedCache":
+        """Do now what the first attention would do, and allocate what `reserve` asks for.
+
+        For `torch.compile`, which cannot trace the check of static scales, and for servers, which
+        want memory early.
+
+        Args:
+            model: whose cache this will be.
+            batch_size: B, beams and returned sequences counted.
+
+        Returns:
+            The cache itself.
+
+        Raises:
+            ContractError, SelectionError: as the first attention.
+        """
+        config = model.config.get_text_config()
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        shape = (batch_size, heads, kv_heads, dim)
+        self._start(Bound.of(config, shape, model.dtype, model.device, *self._wanted))
+        self._allocate(0)
+        for layer in range(self.spec.num_layers):
+            self._storage.layer(layer, self._pages.count)
+        return self
+
     # What transformers calls
 
     def update(
@@ -266,7 +293,9 @@ class PagedCache(Cache):  # type: ignore[misc]
         """
         bound = self._bound
         if bound is None or (not self.length and bound.batch != key.shape[0]):
-            bound = Bound.of(module, query, key, *self._wanted)
+            batch, heads, _, dim = key.shape
+            shape = (batch, query.shape[1], heads, dim)
+            bound = Bound.of(module.config, shape, key.dtype, key.device, *self._wanted)
             bound.check(module, layer_idx, query, key, value)
             self._start(bound)
         else:
@@ -303,8 +332,17 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     def _open(self, new: int) -> None:
         """Make room for a step, and count it; nothing is read back from the device."""
-        bound, tokens = self._bound, self.length + new
-        assert bound is not None, "bind comes first"
+        tokens = self.length + new
+        self._allocate(tokens)
+        self._ends = self._ones if new == 1 else self._ones * new
+        self._before.copy_(self._after)
+        self._after.add_(new)
+        self.length = tokens
+
+    def _allocate(self, tokens: int) -> None:
+        """Pages for `tokens` a request, and some ahead."""
+        bound = self._bound
+        assert bound is not None, "bind or prepare comes first"
         page_size = bound.spec.page_size
         if self._pages is None:
             ahead = max(self._reserve, tokens) if self._reserve else tokens + _AHEAD
@@ -313,10 +351,6 @@ class PagedCache(Cache):  # type: ignore[misc]
             columns = self._pages.columns
             more = columns + max(columns // 4, -(-_AHEAD // page_size))
             self._pages.grow(max(more, -(-tokens // page_size)))
-        self._ends = self._ones if new == 1 else self._ones * new
-        self._before.copy_(self._after)
-        self._after.add_(new)
-        self.length = tokens
 
     def _copy(self, copies: Copies | None) -> None:
         self._storage.copy(copies, self._pages.count)
