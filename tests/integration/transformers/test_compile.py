@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from fastkv import ops
 from fastkv.integrations import torch as fastkv_torch
@@ -11,7 +12,7 @@ from fastkv.integrations.transformers import PagedCache, calibrate
 from fastkv.quant import QUANT_SPECS
 from helpers.array_suite import map_arrays
 from helpers.batches import make_batch
-from helpers.tiny_models import positions, prompts, tiny
+from helpers.tiny_models import SHAPE, positions, prompts, tiny
 
 FORMATS = list(QUANT_SPECS)
 
@@ -109,9 +110,9 @@ def decode(model, run, cache, steps=7):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("form", ["none", "cache_int4_zp", "block_wise_fp8"])
+@pytest.mark.parametrize("form", ["cache_int4_zp", "block_wise_fp8"])
 def test_a_model_is_one_graph(form):
-    model = tiny()
+    model = tiny(LlamaConfig(**{**SHAPE, "num_hidden_layers": 2}))
     seen = PagedCache()
     with torch.no_grad():
         model(prompts((40,))["input_ids"], past_key_values=seen)
@@ -125,5 +126,5 @@ def test_a_model_is_one_graph(form):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 2, "one graph for the prompt, one for all later steps"
     assert caches[1].length == caches[0].length == 18
-    for mine, other in zip(caches[1].keys_values(2), caches[0].keys_values(2), strict=True):
+    for mine, other in zip(caches[1].keys_values(1), caches[0].keys_values(1), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)

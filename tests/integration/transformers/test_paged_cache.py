@@ -88,6 +88,19 @@ def test_a_reset_cache_serves_another_batch():
         assert cache.length == 0
 
 
+@pytest.mark.parametrize("form", ["none", "block_wise_fp8"])
+def test_a_prepared_cache_has_its_memory_and_serves_the_same(form):
+    model, inputs = tiny(), prompts((9, 5))
+    cache = PagedCache(form, page_size=8, reserve=50)
+    assert cache.prepare(model, 6) is cache
+    assert (cache.batch_size, cache.length) == (6, 0)
+    assert cache._storage.layer(2, 0).k.shape[:2] == (6 * 7, 2)
+    options = {"max_new_tokens": 30, "num_beams": 3, "do_sample": False}
+    got = model.generate(**inputs, past_key_values=cache, **options)
+    want = model.generate(**inputs, past_key_values=PagedCache(form, page_size=8), **options)
+    assert torch.equal(got, want)
+
+
 def test_reordering_copies_only_the_page_that_is_being_filled():
     pages = Pages(3, 4, page_size=8, device="cpu")
     before = pages.table.clone()
