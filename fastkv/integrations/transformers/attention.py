@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from fastkv.errors import ContractError, ShapeError, UnsupportedError
 from fastkv.integrations import torch as fastkv_torch
-from fastkv.integrations.transformers.cache import PagedKeys
+from fastkv.integrations.transformers.layers import PagedKeys
 
 NAME = "fastkv"
 _OP = f"attn_implementation={NAME!r}"
@@ -146,7 +146,9 @@ def _paged(key: Any) -> tuple[Any, int, Any]:
 def _refuse(module: Any, mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
     """What would be computed as something else than asked for."""
     if module.training:
-        raise _unsupported("model", "model.eval(): the ops have no gradients", "a model in training")
+        raise _unsupported(
+            "model", "model.eval(): the ops have no gradients", "a model in training"
+        )
     if dropout:
         raise _unsupported("dropout", "0", repr(dropout))
     if mask is not None and mask.ndim != 2:

@@ -9,9 +9,7 @@ import torch
 
 from fastkv.backends import select_backend
 from fastkv.errors import (
-    ContractError,
     DtypeError,
-    LayerIndexError,
     MissingTensorError,
     PlacementError,
     ShapeError,
@@ -46,7 +44,7 @@ def require_scales(rows: tuple[QuantSpec, ...], scales: Scales) -> None:
             format=static.name.value,
             expected="StaticScales of each layer, {layer: StaticScales}",
             got="None",
-                hint="fastkv.integrations.transformers.calibrate makes them.",
+            hint="fastkv.integrations.transformers.calibrate makes them.",
         )
     if static is None and scales is not None:
         raise SurplusTensorError(
@@ -126,16 +124,22 @@ class Bound:
         quant = spec.layer_quant(layer_idx, op=OP).name.value
         kv = (self.batch, spec.num_kv_heads, key.shape[2], spec.head_dim)
         q = (self.batch, self.query_heads, key.shape[2], spec.head_dim)
-        for name, x, want in (("key_states", key, kv), ("value_states", value, kv), ("query", query, q)):
+        for name, x, want in (
+            ("key_states", key, kv),
+            ("value_states", value, kv),
+            ("query", query, q),
+        ):
             dims = f"[B, {'Hq' if name == 'query' else 'Hkv'}, S, D]"
             if tuple(x.shape) != want:
                 raise ShapeError(
-                    OP, name, format=quant, expected=f"{dims} = {list(want)}", got=str(list(x.shape))
+                    OP,
+                    name,
+                    format=quant,
+                    expected=f"{dims} = {list(want)}",
+                    got=str(list(x.shape)),
                 )
             if x.dtype != self.dtype:
-                raise DtypeError(
-                    OP, name, format=quant, expected=str(self.dtype), got=str(x.dtype)
-                )
+                raise DtypeError(OP, name, format=quant, expected=str(self.dtype), got=str(x.dtype))
             if x.device != self.device:
                 raise PlacementError(
                     OP, name, format=quant, expected=f"a tensor on {self.device}", got=str(x.device)

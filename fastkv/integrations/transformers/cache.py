@@ -3,20 +3,20 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from fastkv.cache import LayerCache
 from fastkv.errors import ContractError, ShapeError, UnsupportedError
 from fastkv.integrations.transformers.binding import (
-    OP,
     Bound,
     Formats,
     require_formats,
     require_scales,
 )
+from fastkv.integrations.transformers.layers import PagedKeys, PagedLayer
 from fastkv.integrations.transformers.pages import Copies, Pages
 from fastkv.integrations.transformers.storage import Storage
 from fastkv.quant import QuantType
@@ -24,90 +24,6 @@ from fastkv.scales import StaticScales
 
 # Pages that a growing cache adds at once: at least so many tokens, and a quarter of what it has.
 _AHEAD = 256
-
-
-class PagedKeys:
-    """What `PagedCache.update` gives the model in place of keys: the layer, and the new keys.
-
-    Only attn_implementation="fastkv" takes it. Any other asks it for a tensor's attributes, and is
-    refused instead of attending to the new tokens alone.
-    """
-
-    def __init__(self, cache: "PagedCache", layer_idx: int, keys: Any) -> None:
-        self.cache = cache
-        self.layer_idx = layer_idx
-        self.keys = keys
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # of protocols, which others look for everywhere
-            raise AttributeError(name)
-        raise UnsupportedError(
-            OP,
-            "attn_implementation",
-            expected="'fastkv', and a model that hands it keys as they come",
-            got=f"code that looks at keys.{name}",
-            hint="Call model.set_attn_implementation('fastkv').",
-        )
-
-
-class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer as transformers sees it; the cache keeps what there is to keep."""
-
-    is_sliding = False
-    is_croppable = True
-
-    def __init__(self, cache: "PagedCache", index: int) -> None:
-        super().__init__()
-        self._cache, self._index = cache, index
-
-    def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
-        """Nothing: attention allocates, when all that it needs is there."""
-
-    def update(
-        self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any
-    ) -> tuple[PagedKeys, Any]:
-        """As `PagedCache.update`."""
-        return PagedKeys(self._cache, self._index, key_states), value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys after the step, and the first of them."""
-        return self._cache.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens cached, padding included."""
-        return self._cache.length
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
-    def reset(self) -> None:
-        """Refused: layers share one block table."""
-        self._refuse("reset")
-
-    def reorder_cache(self, beam_idx: Any) -> None:
-        """Refused: layers share one block table."""
-        self._refuse("reorder_cache")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused: layers share one block table."""
-        self._refuse("crop")
-
-    def offload(self) -> None:
-        """Refused: a step needs its pages on the device."""
-        self._refuse("offload")
-
-    def prefetch(self) -> None:
-        """Refused, as `offload`."""
-        self._refuse("prefetch")
-
-    def _refuse(self, method: str) -> NoReturn:
-        raise UnsupportedError(
-            f"PagedLayer.{method}",
-            "layer",
-            expected=f"PagedCache.{method}, for all layers",
-            got=f"layer {self._index} alone",
-        )
 
 
 class PagedCache(Cache):  # type: ignore[misc]
@@ -150,6 +66,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         self._reserve = reserve
         self._bound: Bound | None = None
         self._pages: Any = None
+        self._last = -1
 
     @property
     def spec(self) -> Any:
@@ -194,6 +111,8 @@ class PagedCache(Cache):  # type: ignore[misc]
             key_states: `[B, Hkv, S, D]`, rotated.
             value_states: as `key_states`.
             layer_idx: which layer's.
+            *args: not used.
+            **kwargs: not used.
         """
         while len(self.layers) <= layer_idx:
             self.layers.append(PagedLayer(self, len(self.layers)))

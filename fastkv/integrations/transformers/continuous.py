@@ -6,7 +6,7 @@ refused by name where it is missing: the table of allocators, the base class of 
 place of "sdpa" in the registry of attention functions. Tests pin the version that has them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -97,8 +97,8 @@ def _require_full_attention(config: Any) -> None:
         )
 
 
-def _attention(original: Any, paged_cache: Any) -> Any:
-    """The attention function of a running batch; any other call goes to `original`."""
+def _attention(plain: Callable[..., tuple[Any, Any]], paged_cache: Any) -> Any:
+    """The attention function of a running batch; any other call goes to `plain`."""
 
     def attend(
         module: Any,
@@ -112,10 +112,17 @@ def _attention(original: Any, paged_cache: Any) -> Any:
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         if not isinstance(cache, paged_cache):
-            given = {"cache": cache, **kwargs}
-            return original(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **given
-            )  # type: ignore[no-any-return]
+            return plain(
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=dropout,
+                scaling=scaling,
+                cache=cache,
+                **kwargs,
+            )
         allocator = cache.layer_to_allocator[module.layer_idx]
         layer, batch = allocator.layers[module.layer_idx], allocator.batch(kwargs)
         rows = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)]
@@ -129,7 +136,7 @@ def _attention(original: Any, paged_cache: Any) -> Any:
 def _allocator(base: Any, formats: Formats, scales: Scales) -> Any:
     """A class of allocators whose pages hold a layer's tensors of fastkv, one after the other."""
 
-    class PagesAllocator(base):  # type: ignore[misc, valid-type]
+    class PagesAllocator(base):  # type: ignore[misc]
         supports_block_table = False
 
         def __init__(
@@ -182,7 +189,7 @@ def _allocator(base: Any, formats: Formats, scales: Scales) -> Any:
             return LayerCache(self.spec, layer, **tensors)
 
         def batch(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-            """What the ops need of a step, from what transformers hands to each layer; made once."""
+            """What the ops need of a step; made once of what transformers hands to each layer."""
             made_of, batch = self._step
             if made_of is not kwargs["write_index"]:
                 batch = self._batch(

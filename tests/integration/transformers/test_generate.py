@@ -158,13 +158,16 @@ def test_what_lies_where_no_token_is_does_not_matter(form):
     outs = []
     with torch.no_grad():
         for poisoned in (False, True):
-            cache, mask, ids = PagedCache(form, page_size=4), inputs["attention_mask"], None
-            for step in range(12):
-                ids = inputs["input_ids"] if step == 0 else out.logits[:, -1:].argmax(-1)
-                if step:
-                    mask = torch.cat([mask, mask.new_ones(4, 1)], dim=1)
+            cache, mask, ids = (
+                PagedCache(form, page_size=4),
+                inputs["attention_mask"],
+                inputs["input_ids"],
+            )
+            for _ in range(12):
                 at = positions(mask, ids.shape[1])
                 out = model(ids, attention_mask=mask, position_ids=at, past_key_values=cache)
+                ids = out.logits[:, -1:].argmax(-1)
+                mask = torch.cat([mask, mask.new_ones(4, 1)], dim=1)
                 if poisoned:
                     poison(cache)
             outs.append(out.logits[:, -1])

@@ -23,7 +23,9 @@ class Beside:
         self.forward(5)
 
     def forward(self, new):
-        tokens = [[self.random.randrange(VOCABULARY) for _ in range(new)] for _ in range(self.batch)]
+        tokens = [
+            [self.random.randrange(VOCABULARY) for _ in range(new)] for _ in range(self.batch)
+        ]
         ids = torch.tensor(tokens)
         with torch.no_grad():
             want = self.own(ids, past_key_values=self.caches[0]).logits

@@ -215,7 +215,9 @@ def test_a_mask_of_another_length():
 def test_padding_between_the_tokens_of_a_request(new):
     cache, inputs = PagedCache(), prompts((9, 4))
     read(tiny(), cache, **inputs)
-    mask = torch.cat([inputs["attention_mask"], torch.tensor([[1] * (new + 1), [0] + [1] * new])], 1)
+    mask = torch.cat(
+        [inputs["attention_mask"], torch.tensor([[1] * (new + 1), [0] + [1] * new])], 1
+    )
     ids = torch.ones(2, new + 1, dtype=torch.long)
     call = lambda: read(tiny(), cache, input_ids=ids, attention_mask=mask)  # noqa: E731
     refused(UnsupportedError, call, "attention_mask", "request 1")
