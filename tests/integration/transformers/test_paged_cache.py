@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A PagedCache goes where a DynamicCache goes, step by step, and holds the same K and V."""
 
+import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
 
-from fastkv.integrations.transformers import PagedCache
+from fastkv.integrations.transformers import PagedCache, calibrate
 from fastkv.integrations.transformers.pages import Pages
+from fastkv.scales.calibration import calibrate as calibrate_layer
 from helpers.tiny_models import VOCABULARY, poison, prompts, tiny
 
 
@@ -165,3 +168,34 @@ def test_a_cache_of_several_formats():
     off = (cache.keys_values(1)[1] - exact.keys_values(1)[1]).abs().max()
     assert 0 < off < 0.04 * exact.keys_values(1)[1].abs().max()
     assert [cache.spec.layer_quant(i).name.value for i in range(3)] == formats
+
+
+@pytest.mark.parametrize("granularity", ["head", "channel"])
+def test_calibration_reads_what_a_dynamic_cache_holds(granularity):
+    ids = prompts((70, 70))["input_ids"]
+    seen, own = PagedCache(page_size=16), DynamicCache()
+    with torch.no_grad():
+        tiny()(ids, past_key_values=seen)
+        tiny(attention="sdpa")(ids, past_key_values=own)
+    options = {"granularity": granularity, "headroom": 1.5}
+    got = calibrate(seen, "cache_int8", **options)
+    assert list(got) == [0, 1, 2]
+    for index, layer in enumerate(own.layers):
+        k, v = (x.transpose(1, 2).flatten(0, 1) for x in (layer.keys, layer.values))
+        want = calibrate_layer(k, v, "cache_int8", **options)
+        for name in ("k_quant", "k_dequant", "v_quant", "v_dequant"):
+            np.testing.assert_allclose(getattr(got[index], name), getattr(want, name), rtol=1e-4)
+
+
+def test_a_copy_goes_its_own_way():
+    model, first, others = tiny(), prompts((9, 9))["input_ids"], [5, 6]
+    prefix = PagedCache(page_size=4)
+    with torch.no_grad():
+        model(first, past_key_values=prefix)
+        before = [x.clone() for x in prefix.keys_values(1)]
+        for token in others:
+            cache, ids = copy.deepcopy(prefix), torch.full((2, 3), token)
+            got = model(ids, past_key_values=cache).logits
+            want = tiny(attention="sdpa")(torch.cat([first, ids], 1)).logits[:, 9:]
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            assert all(map(torch.equal, prefix.keys_values(1), before))
