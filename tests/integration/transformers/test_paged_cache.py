@@ -89,6 +89,7 @@ def test_a_reset_cache_serves_another_batch():
             want = tiny(attention="sdpa")(ids).logits
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
         assert cache.length == lengths[0]
+        cache.reorder_cache(torch.zeros(len(lengths), dtype=torch.long))
         cache.reset()
         assert cache.length == 0
 

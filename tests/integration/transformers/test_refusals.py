@@ -213,13 +213,11 @@ def test_a_mask_of_another_length():
 
 @pytest.mark.parametrize("new", [1, 3])
 def test_padding_between_the_tokens_of_a_request(new):
-    cache, inputs = PagedCache(), prompts((9, 4))
-    read(tiny(), cache, **inputs)
-    mask = torch.cat(
-        [inputs["attention_mask"], torch.tensor([[1] * (new + 1), [0] + [1] * new])], 1
-    )
-    ids = torch.ones(2, new + 1, dtype=torch.long)
-    call = lambda: read(tiny(), cache, input_ids=ids, attention_mask=mask)  # noqa: E731
+    cache, model = PagedCache(), tiny()
+    read(model, cache)
+    mask, ids = torch.ones(2, 9 + new), torch.ones(2, new, dtype=torch.long)
+    mask[1, 6] = 0
+    call = lambda: read(model, cache, input_ids=ids, attention_mask=mask)  # noqa: E731
     refused(UnsupportedError, call, "attention_mask", "request 1")
     assert cache.length == 9
 
