@@ -112,18 +112,19 @@ def _flat(bundle: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _flat_cache(cache: LayerCache) -> tuple[Any, tuple[Any, ...]]:
-    layer_id: Any = cache.layer_id
-    static = cache.static
     marks, tensors = _marked(cache.k, cache.v, cache.k_scale, cache.v_scale)
-    scales: Any = None
-    if type(static) is StaticScales:
-        scales, own = _flat(static)
-        tensors += own
-    elif static is not None:
-        scales, tensors = _FOREIGN, (*tensors, _FOREIGN)
-    if type(layer_id) is not int:  # True equals 1, and a list has no hash
-        layer_id, tensors = _FOREIGN, (*tensors, _FOREIGN)
-    return (id(cache.spec), layer_id, marks, scales), tensors
+    scales, own = _flat_static(cache.static)
+    tensors += own
+    if type(cache.layer_id) is int:
+        return (id(cache.spec), cache.layer_id, marks, scales), tensors
+    # True equals 1, and a list has no hash.
+    return (_FOREIGN, marks, scales), (*tensors, _FOREIGN)
+
+
+def _flat_static(static: Any) -> tuple[Any, tuple[Any, ...]]:
+    if static is None:
+        return None, ()
+    return _flat(static) if type(static) is StaticScales else (_FOREIGN, (_FOREIGN,))
 
 
 def _flat_rope(rope: Rope) -> tuple[Any, tuple[Any, ...]]:
