@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch tensors on the CPU."""
 
+from contextlib import nullcontext
+from functools import partial
+from types import FunctionType
+
 import numpy as np
 import pytest
 import torch
@@ -299,6 +303,7 @@ def test_likeness_of_a_tensor_that_comes_twice():
         return torch.zeros(2, 3), torch.zeros(2)
 
     (a, b), (x, y) = pair(), pair()
+    arrays.describe(a)
     alike = arrays.likeness([a, b, a, b])
     assert alike(a, b, a, b) is True
     assert alike(x, y, x, y) is True
@@ -317,6 +322,7 @@ def test_a_merge_of_one_state_with_itself_is_found_without_a_key(monkeypatch):
     from fastkv.contracts import calls as contracts
 
     q, lse = torch.zeros(2, 3, 8), torch.zeros(2, 3)
+    arrays.describe(q)
     first = contracts.merge_states(q, lse, q.clone(), lse.clone())
     assert contracts.merge_states(q, lse, q, lse) is first
     monkeypatch.delattr("fastkv.contracts.remember.signature")
@@ -415,3 +421,59 @@ def test_what_is_made_on_a_gpu_is_dense(shape, dtype):
     made = make(device="cpu")
     assert metadata(made) == metadata(torch.empty(shape, dtype=getattr(torch, dtype)))
     assert make(device="cpu") is not made
+
+
+@pytest.fixture
+def on_a_current_device(monkeypatch):
+    """The device of index 0 is the CPU; a list whose item is the current device's index."""
+    from fastkv.arrays import torch as module
+
+    current = [0]
+    monkeypatch.setattr(module, "_current_device", lambda: current[0])
+    monkeypatch.setattr(module, "_empty_here", torch._C._dynamo.guards._empty_strided_cpu)
+    monkeypatch.setattr(module, "_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    module._makes_dense.cache_clear()
+    yield current
+    module._makes_dense.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (0, 5), (4, 0, 3), (1, 1)])
+@pytest.mark.parametrize("current", [0, 1])
+def test_what_is_made_on_the_current_device_is_dense(
+    shape, current, on_a_current_device, monkeypatch
+):
+    from fastkv.arrays import torch as module
+
+    general, asked = torch.empty_strided, []
+    monkeypatch.setattr(torch, "empty_strided", lambda *a, **k: asked.append(1) or general(*a, **k))
+    make = module._maker(shape, "bfloat16", 0)
+    on_a_current_device[0] = current
+    made = make()
+    assert metadata(made) == metadata(torch.empty(shape, dtype=torch.bfloat16))
+    assert make() is not made
+    assert len(asked) == (2 if current else 0)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        lambda shape, strides, dtype: torch.empty(shape, dtype=dtype, device="meta"),
+        lambda shape, strides, dtype: torch.empty(shape[::-1], dtype=dtype),
+        lambda shape, strides, dtype: torch.empty(shape[::-1], dtype=dtype).t(),
+        lambda shape, strides, dtype: torch.empty(shape),
+        lambda shape, strides, dtype: torch.empty(shape, dtype=dtype, requires_grad=True),
+        lambda shape, strides: None,
+        lambda shape, strides, dtype: None,
+        refuses,
+        None,
+    ],
+)
+@pytest.mark.usefixtures("on_a_current_device")
+def test_an_allocation_that_does_something_else_is_not_used(found, monkeypatch):
+    from fastkv.arrays import torch as module
+
+    assert isinstance(module._maker((2,), "float32", 0), FunctionType)
+    module._makes_dense.cache_clear()
+    monkeypatch.setattr(module, "_empty_here", found)
+    assert isinstance(module._maker((2,), "float32", 0), partial)
