@@ -39,8 +39,8 @@ class _Known(NamedTuple):
     specs: list[Any]
 
 
-# Tests of tensors' metadata, and what each stands for; the newest first.
-_Recent = tuple[tuple[Callable[..., bool], _Known], ...]
+# Tests of tensors' metadata, and the checks that each stands for; the newest first.
+_Recent = tuple[tuple[Callable[..., bool], "Checker"], ...]
 
 
 def remembered(contract: "Callable[..., Checker]") -> "Callable[..., Checker]":
@@ -51,9 +51,9 @@ def remembered(contract: "Callable[..., Checker]") -> "Callable[..., Checker]":
     @wraps(contract)
     def check(*args: Any) -> "Checker":
         structure, tensors = _split(args)
-        found = _first_alike(recent.get(structure, ()), tensors)
-        if found is not None:
-            return found.checker
+        for alike, checker in recent.get(structure, ()):
+            if alike(*tensors):
+                return checker
         signatures = [signature(tensor) for tensor in tensors]
         if None in signatures:
             return contract(*args)
@@ -68,17 +68,10 @@ def remembered(contract: "Callable[..., Checker]") -> "Callable[..., Checker]":
         # Made anew for a known key too: PyTorch's test also sees its modes, inference_mode say.
         test = likeness(tensors)
         if test is not None:
-            recent[structure] = ((test, found), *recent.get(structure, ())[: _RECENT - 1])
+            recent[structure] = ((test, found.checker), *recent.get(structure, ())[: _RECENT - 1])
         return found.checker
 
     return check
-
-
-def _first_alike(recent: _Recent, tensors: list[Any]) -> _Known | None:
-    for alike, found in recent:
-        if alike(*tensors):
-            return found
-    return None
 
 
 def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:
@@ -89,15 +82,15 @@ def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:
         kind = type(arg)
         if arg is None:
             structure.append(None)
-        elif kind in _BUNDLES:
-            token, own = _flat(arg)
-            structure.append(token)
-            tensors += own
+        elif kind not in _NO_TENSORS:
+            structure.append(...)
+            tensors.append(arg)
         elif kind in _VALUES:
             structure += kind, arg  # 1, 1.0 and True are one key, and not one contract
         else:
-            structure.append(...)
-            tensors.append(arg)
+            token, own = _flat(arg)
+            structure.append(token)
+            tensors += own
     return tuple(structure), tensors
 
 
@@ -136,10 +129,10 @@ def _flat_scales(static: StaticScales) -> tuple[Any, tuple[Any, ...]]:
     return _marked(*scales, static.k_zp, static.v_zp)
 
 
-def _marked(*fields: Any) -> tuple[tuple[bool, ...], tuple[Any, ...]]:
-    """Which fields are there; and those."""
-    marks = tuple(field is not None for field in fields)
-    return marks, tuple(field for field in fields if field is not None)
+def _marked(*fields: Any) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+    """The places of the fields that are there; and those."""
+    there = {place: field for place, field in enumerate(fields) if field is not None}
+    return tuple(there), tuple(there.values())
 
 
 _BUNDLES: dict[type, Callable[[Any], tuple[Any, tuple[Any, ...]]]] = {
@@ -147,3 +140,4 @@ _BUNDLES: dict[type, Callable[[Any], tuple[Any, tuple[Any, ...]]]] = {
     Rope: _flat_rope,
     StaticScales: _flat_scales,
 }
+_NO_TENSORS = _VALUES | _BUNDLES.keys()
