@@ -381,25 +381,37 @@ def test_startup_measures_in_new_processes(module, tmp_path, monkeypatch):
         assert sample["functions"] == 0
 
 
+# The n-th of these processes is ready after 0.4 n seconds, and notes what it does.
 WAITS = """
-import sys, pathlib
+import sys, pathlib, time
+folder = pathlib.Path(sys.argv[1])
+
+def note(what):
+    with (folder / "log").open("a") as log:
+        log.write(what + " ")
+
+for n in range(3):
+    try:
+        (folder / str(n)).mkdir()
+        break
+    except FileExistsError:
+        pass
+time.sleep(0.4 * n)
+note("ready")
 print("a library says something")
 print("ready", flush=True)
 sys.stdin.readline()
-log = pathlib.Path(sys.argv[1])
-log.write_text(log.read_text() + "begin ")
+note("begin")
 print('{"first_us": 2, "second_us": 1, "functions": 3}')
-log.write_text(log.read_text() + "end ")
+note("end")
 """
 
 
-def test_startup_measures_one_process_at_a_time(module, tmp_path):
-    log = tmp_path / "log"
-    log.write_text("")
-    command = [sys.executable, "-c", WAITS, str(log)]
+def test_startup_measures_one_process_at_a_time_when_all_are_ready(module, tmp_path):
+    command = [sys.executable, "-c", WAITS, str(tmp_path)]
     said = module("bench_startup").run(command, {}, 3)
     assert said == [{"first_us": 2, "second_us": 1, "functions": 3}] * 3
-    assert log.read_text() == "begin end " * 3
+    assert (tmp_path / "log").read_text() == "ready " * 3 + "begin end " * 3
 
 
 @pytest.mark.parametrize("ready", ["", "print('ready', flush=True); input(); "])
