@@ -396,9 +396,9 @@ for n in range(3):
         break
     except FileExistsError:
         pass
+print("a library says something", flush=True)
 time.sleep(0.4 * n)
 note("ready")
-print("a library says something")
 print("ready", flush=True)
 sys.stdin.readline()
 note("begin")
