@@ -109,8 +109,18 @@ def failures(document: Document) -> str:
     """Errors of the run, below its table."""
     if not document["errors"]:
         return ""
-    lines = [f"- `{error.replace('`', '')}`" for error in document["errors"]]
+    alike: dict[str, list[str]] = {}
+    for error in document["errors"]:
+        where, _, why = error.replace("`", "").partition(": ")
+        alike.setdefault(why, []).append(where)
+    lines = [_failure(why, where) for why, where in alike.items()]
     return "\n\nNot measured, or not as expected:\n\n" + "\n".join(lines)
+
+
+def _failure(why: str, where: list[str]) -> str:
+    """One line for one reason, with the first place that has it."""
+    more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+    return f"- `{where[0]}`{more}: `{why}`"
 
 
 def startup(document: Document) -> str:

@@ -129,7 +129,7 @@ class Report:
         return {
             "benchmark": self.name,
             "command": " ".join(["python", *map(_relative, sys.argv)]),
-            "commit": commit(),
+            "commit": self.arguments.commit or commit(),
             "device": device_name(self.device),
             "digest": sources_digest(),
             "versions": versions(),
@@ -176,6 +176,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     found.add_argument(
         "--peer-figures", type=Path, help="take the peers' times from an earlier result"
     )
+    found.add_argument("--commit", help="the checkout's, where git is not there to say")
     found.add_argument("--replays", type=int, default=20)
     found.add_argument("--seed", type=int, default=0)
     return found

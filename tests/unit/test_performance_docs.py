@@ -131,7 +131,7 @@ def test_startup_without_the_import_lists_what_failed(documents):
     failed = {**result(row), "errors": ["import cupy: ModuleNotFoundError: No module"]}
     text = performance.blocks({"startup": failed})["startup"]
     assert "Of every first call" not in text
-    assert text.endswith("\n\n- `import cupy: ModuleNotFoundError: No module`")
+    assert text.endswith("\n\n- `import cupy`: `ModuleNotFoundError: No module`")
 
 
 def test_startup_that_is_missing_says_so(documents):
@@ -163,7 +163,14 @@ def test_three_digits(us, text):
 def test_what_could_not_be_measured_is_listed(documents):
     documents["decode"]["errors"] = ["none XQA P64: RuntimeError: no `mask`"]
     text = performance.blocks(documents)["decode"]
-    assert text.endswith("- `none XQA P64: RuntimeError: no mask`")
+    assert text.endswith("- `none XQA P64`: `RuntimeError: no mask`")
+
+
+def test_one_reason_is_one_line(documents):
+    why = ["ImportError: lib.so: no such file", "RuntimeError: another"]
+    documents["decode"]["errors"] = [f"a: {why[0]}", f"b: {why[1]}", f"c: {why[0]}", f"d: {why[0]}"]
+    text = performance.blocks(documents)["decode"]
+    assert text.endswith(f"- `a` and 2 more: `{why[0]}`\n- `b`: `{why[1]}`")
 
 
 def test_a_written_page_has_no_problems_and_is_written_once(documents):
