@@ -160,7 +160,15 @@ def run(sanitizer: str, tool: str, command: Sequence[str], timeout: float) -> tu
         environment.pop("FASTKV_CHECK", None)
         try:
             done = subprocess.run(
-                [sanitizer, "--tool", tool, *OPTIONS.get(tool, ()), "--print-limit", "20", *command],
+                [
+                    sanitizer,
+                    "--tool",
+                    tool,
+                    *OPTIONS.get(tool, ()),
+                    "--print-limit",
+                    "20",
+                    *command,
+                ],
                 cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,
