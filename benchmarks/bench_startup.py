@@ -156,7 +156,12 @@ def samples(
 def run(command: Sequence[str], environment: Mapping[str, str], count: int) -> list[Sample]:
     """Start all processes, wait until each is ready, then let them measure one by one."""
     pipe = subprocess.PIPE
-    begin = partial(subprocess.Popen[str], command, env={**os.environ, **environment}, text=True)
+    # Beside this file lie modules that it imports; PYTHONSAFEPATH leaves its folder out.
+    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = {"PYTHONPATH": os.pathsep.join(folders)}
+    begin = partial(
+        subprocess.Popen[str], command, env={**os.environ, **paths, **environment}, text=True
+    )
     started = [begin(stdin=pipe, stdout=pipe, stderr=pipe) for _ in range(count)]
     try:
         for process in started:
