@@ -5,6 +5,7 @@ import re
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -47,6 +48,26 @@ def run_story(page: Path, titles: tuple[str | None, ...] = (None,)) -> dict[str,
             said = block.printed or ""
             assert printed.strip() == said.strip(), f"{page.name}:{block.line} prints\n{printed}"
     return names
+
+
+def own_prefill_error(names: dict[str, Any]) -> float:
+    """What backend_author.md's own prefill kernel leaves, among ops on PyTorch's tensors.
+
+    The kernel computes on the host, the ops around it where the tensors are.
+    """
+    import torch
+
+    def prefill(q, k, v, *, cu_seqlens_q, cu_seqlens_k, out=None, **options):
+        out = torch.zeros_like(q) if out is None else out
+        lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        host = {name: tensor.cpu().numpy() for name, tensor in lengths.items()}
+        rows = [tensor.cpu().numpy() for tensor in (q, k, v)]
+        attended = names["my_prefill"](*rows, **host, out=out.cpu().numpy().copy(), **options)
+        return out.copy_(torch.from_numpy(attended))
+
+    ops = SimpleNamespace(**{**vars(names["my_ops"]), "masked_attention": prefill})
+    served = (names["FlashBackend"](ops), names["spec"], names["layer"])
+    return float(names["serve"](*served, **names["torch_tensors"]))
 
 
 def output(block: Block, page: Path, names: dict[str, Any]) -> str:
