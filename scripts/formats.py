@@ -37,6 +37,9 @@ ADVICE = {
     "cache_int4_zp": "memory decides, and your own evaluation bears it",
 }
 
+#: What puts it right.
+AGAIN = "python scripts/formats.py"
+
 Document = Mapping[str, Any]
 Row = Mapping[str, Any]
 
@@ -206,12 +209,12 @@ def problems(page: str, documents: Mapping[str, Document], picture: Path = PICTU
     """What on the page, or in its picture, is not as the results have it."""
     there, wanted = shown(page), blocks(documents)
     found = [
-        f"docs/choosing_a_format.md: block {name} is not what the results say"
+        f"docs/choosing_a_format.md: block {name} is not what the results say ({AGAIN})"
         for name in BLOCKS
         if there[name] != wanted[name]
     ]
     if points(documents) not in picture.read_text("utf-8"):
-        found.append("docs/choosing_a_format.svg: not drawn from these results")
+        found.append(f"docs/choosing_a_format.svg: not drawn from these results ({AGAIN})")
     return found
 
 

