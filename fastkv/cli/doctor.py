@@ -28,7 +28,7 @@ _PACKAGES = {
     "paddle": (("paddlepaddle", "paddlepaddle-gpu"), "Paddle tensors"),
     "cupy": (("cupy-cuda12x", "cupy-cuda13x", "cupy"), "the CUDA ops"),
     "cuda-bindings": (("cuda-bindings",), "the CUDA ops"),
-    "transformers": (("transformers",), "its integration (none in this version)"),
+    "transformers": (("transformers",), "its attention and cache"),
     "matplotlib": (("matplotlib",), "--plot"),
     "gguf": (("gguf",), "fastkv eval"),
     "tokenizers": (("tokenizers",), "fastkv eval"),

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from helpers.pages import STORIES, blocks, run_story
+
 ROOT = Path(__file__).resolve().parents[2]
-# Needs transformers: tests/integration/transformers runs it.
-ELSEWHERE = {"transformers.md"}
+# Needs transformers: tests/integration/transformers runs it. The blocks of a story run in order.
+ELSEWHERE = {"transformers.md", *STORIES}
+# Titles of the blocks that other suites run, with the library or device that they need.
+TITLES = {"With Paddle", "With PyTorch", "On a GPU"}
 DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name not in ELSEWHERE)
 PAGES = [ROOT / "README.md", *DOCS]
 
@@ -25,6 +29,36 @@ def examples():
 def test_example_runs(code, page, line):
     blank_lines = "\n" * (line - 1)  # a traceback shows the page's own line
     exec(compile(blank_lines + code, str(page), "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_a_story_runs_and_prints_what_it_says(name):
+    names = run_story(ROOT / "docs" / name)
+    assert "MyBackend" in names
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_every_output_in_a_story_stands_behind_a_block_that_runs_here(name):
+    page = ROOT / "docs" / name
+    printed = [block for block in blocks(page) if block.printed is not None]
+    assert len(printed) == page.read_text("utf-8").count("```text\n")
+    assert all(block.title is None for block in printed)
+
+
+def test_a_story_with_another_output_fails(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nx = 1\n```\n\n```python\nprint(x)\n```\n\n```text\n2\n```\n")
+    with pytest.raises(AssertionError, match=r"page\.md:6 prints\n1"):
+        run_story(page)
+
+
+def test_no_example_has_a_title_that_no_suite_runs():
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        text = page.read_text("utf-8")
+        assert {block.title for block in blocks(page)} <= {None, *TITLES}
+        assert len(blocks(page)) == len(re.findall(r"^```python", text, re.MULTILINE)), page.name
+        for block in blocks(page):
+            compile(block.code, str(page), "exec")
 
 
 def test_the_pages_with_examples_are_found():
