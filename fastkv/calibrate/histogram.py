@@ -98,7 +98,7 @@ class Histogram:
         flat = index + np.arange(len(self.mass))[:, None] * self.bins
         kept = self.mass > 0  # empty bins may lie anywhere; those with mass are within reach
         merged = np.bincount(flat[kept], self.mass[kept], self.mass.size)
-        self.mass = merged.reshape(self.mass.shape)
+        self.mass = merged.reshape(self.mass.shape).astype(np.float64)  # integers, of none
         self._exponent, self._first = exponent, first
 
 
