@@ -85,8 +85,8 @@ def calls(
     )
     seqlens = {"cu_seqlens_q": batch.cu_seqlens_q, "cu_seqlens_k": batch.cu_seqlens_q}
     yield "masked_attention", partial(ops.masked_attention, q, k, v, **seqlens, out=out)
-    lse = torch.randn(rows, HQ, device=device)
-    yield "merge_states", partial(ops.merge_states, q, lse, q, lse)
+    states = (*(torch.randn(rows, HQ, device=device) for _ in "ab"), torch.clone(q))
+    yield "merge_states", partial(ops.merge_states, q, states[0], states[2], states[1])
     pages = torch.arange(4, device=device, dtype=torch.int32)
     yield "copy_pages", partial(ops.copy_pages, layer, pages[:2], pages[2:])
 

@@ -4,13 +4,14 @@
 from dataclasses import dataclass
 from typing import Any
 
+from fastkv.flat import Flat
 from fastkv.quant import QuantSpec
 from fastkv.scales import StaticScales
 from fastkv.spec import CacheSpec
 
 
 @dataclass(frozen=True, slots=True)
-class LayerCache:
+class LayerCache(Flat):
     """The tensors of one layer, as an op takes them.
 
     `fastkv.backends.resolve` makes it from an engine's flat list; nothing here looks inside a

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastkv.errors import ShapeError
+from fastkv.flat import Flat
 
 
 @dataclass(frozen=True, slots=True)
-class Rope:
+class Rope(Flat):
     """Cosines and sines of a rotary embedding (Su et al., RoFormer, arXiv:2104.09864).
 
     Row p holds the angles of position p. The first `rotary_dim = 2 * cos.shape[1]` elements of a

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "performance.svg"
-BENCHMARKS = ("decode", "write", "gather", "host")
+BENCHMARKS = ("decode", "write", "gather", "host", "startup")
 BLOCKS = ("runs", "picture", *BENCHMARKS)
 NOTHING = "No run is recorded yet."
 # Stands beside every ratio to XQA over an fp8 cache; the page's text says what it means.
@@ -50,7 +50,9 @@ def stale(documents: Mapping[str, Document], digest: str) -> list[str]:
 
 def blocks(documents: Mapping[str, Document]) -> dict[str, str]:
     """The text of every block of the page."""
-    tables = {name: table(documents[name]) if name in documents else NOTHING for name in BENCHMARKS}
+    tables = dict.fromkeys(BENCHMARKS, NOTHING)
+    for name, document in documents.items():
+        tables[name] = startup(document) if name == "startup" else table(document)
     picture = "![Ratio to the best peer, and bandwidth](performance.svg)"
     drawn = any(row["bytes"] for document in documents.values() for row in document["rows"])
     return {"runs": runs(documents), "picture": picture if drawn else NOTHING, **tables}
@@ -100,11 +102,32 @@ def table(document: Document) -> str:
             if of == shape:
                 values = " | ".join(found.get(name, "–") for name in formats)
                 lines.append(f"| {shape} | {page} | {values} |")
-    text = "\n".join(lines)
-    if document["errors"]:
-        text += "\n\nNot measured, or not as expected:\n\n"
-        text += "\n".join(f"- `{error.replace('`', '')}`" for error in document["errors"])
-    return text
+    return "\n".join(lines) + failures(document)
+
+
+def failures(document: Document) -> str:
+    """Errors of the run, below its table."""
+    if not document["errors"]:
+        return ""
+    lines = [f"- `{error.replace('`', '')}`" for error in document["errors"]]
+    return "\n\nNot measured, or not as expected:\n\n" + "\n".join(lines)
+
+
+def startup(document: Document) -> str:
+    """One line an op, one column a format: seconds cold and from the disk; errors below."""
+    rows = document["rows"]
+    formats = list(dict.fromkeys(row["format"] for row in rows))
+    times = {(row["op"], row["format"], row["shape"]): row["us"] / 1e6 for row in rows}
+    lines = [f"| Op: cold, disk in s | {' | '.join(f'`{name}`' for name in formats)} |"]
+    lines.append(rule(1 + len(formats)))
+    for op in dict.fromkeys(row["op"] for row in rows):
+        pairs = [[times.get((op, fmt, shape)) for shape in ("cold", "disk")] for fmt in formats]
+        cells = (", ".join("–" if s is None else f"{s:.2f}" for s in pair) for pair in pairs)
+        lines.append(f"| `{op}` | {' | '.join(cells)} |")
+    imports = next((row["import_us"] for row in rows if row["import_us"] is not None), None)
+    if imports is not None:
+        lines += ["", f"Of every first call, `import cupy` takes {imports / 1e6:.2f} s."]
+    return "\n".join(lines) + failures(document)
 
 
 def place(row: Row) -> tuple[str, str]:

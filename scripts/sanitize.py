@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=None, help="where the summary goes")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--timeout", type=float, default=1800, help="seconds of one run")
+    parser.add_argument("--jobs", type=int, default=1, help="tools that run side by side")
     given = parser.parse_args(arguments)
     sanitizer = find_sanitizer(given.sanitizer)
     if sanitizer is None:
@@ -79,7 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    results = {tool: run_tool(sanitizer, tool, given.timeout) for tool in given.tools}
+    with ThreadPoolExecutor(given.jobs) as threads:
+        ran = threads.map(lambda tool: run_tool(sanitizer, tool, given.timeout), given.tools)
+        results = dict(zip(given.tools, ran, strict=True))
     clean = all(not result["faults"] for result in results.values())
     if given.json is not None:
         summary = {"clean": clean, **about(sanitizer), "tools": results}

@@ -7,6 +7,7 @@ is never one of another call. Calls with a tensor on the CPU, and faulty ones, a
 
 Tensors are mutable: `resize_` or `transpose_` changes one that stays the same object. So no
 identity stands for a tensor's metadata, in a layer's cache neither: each call looks at all of it.
+What a frozen bundle does keep is which tensors it has.
 """
 
 from collections.abc import Callable
@@ -38,8 +39,8 @@ class _Known(NamedTuple):
     specs: list[Any]
 
 
-# Tests of tensors' metadata, and what each stands for; the newest first.
-_Recent = tuple[tuple[Callable[..., bool], _Known], ...]
+# Tests of tensors' metadata, and the checks that each stands for; the newest first.
+_Recent = tuple[tuple[Callable[..., bool], "Checker"], ...]
 
 
 def remembered(contract: "Callable[..., Checker]") -> "Callable[..., Checker]":
@@ -50,12 +51,9 @@ def remembered(contract: "Callable[..., Checker]") -> "Callable[..., Checker]":
     @wraps(contract)
     def check(*args: Any) -> "Checker":
         structure, tensors = _split(args)
-        found = _first_alike(recent.get(structure, ()), tensors)
-        if found is None and len(set(map(id, tensors))) < len(tensors):
-            structure, tensors = _once(structure, tensors)
-            found = _first_alike(recent.get(structure, ()), tensors)
-        if found is not None:
-            return found.checker
+        for alike, checker in recent.get(structure, ()):
+            if alike(*tensors):
+                return checker
         signatures = [signature(tensor) for tensor in tensors]
         if None in signatures:
             return contract(*args)
@@ -70,17 +68,10 @@ def remembered(contract: "Callable[..., Checker]") -> "Callable[..., Checker]":
         # Made anew for a known key too: PyTorch's test also sees its modes, inference_mode say.
         test = likeness(tensors)
         if test is not None:
-            recent[structure] = ((test, found), *recent.get(structure, ())[: _RECENT - 1])
+            recent[structure] = ((test, found.checker), *recent.get(structure, ())[: _RECENT - 1])
         return found.checker
 
     return check
-
-
-def _first_alike(recent: _Recent, tensors: list[Any]) -> _Known | None:
-    for alike, found in recent:
-        if alike(*tensors):
-            return found
-    return None
 
 
 def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:
@@ -91,48 +82,62 @@ def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:
         kind = type(arg)
         if arg is None:
             structure.append(None)
-        elif kind is LayerCache:
-            _add_cache(structure, tensors, arg)
-        elif kind is Rope:
-            structure.append(kind)
-            _add(structure, tensors, (arg.cos, arg.sin))
-        elif kind in _VALUES:
-            structure.append(kind)  # 1, 1.0 and True are one key, and not one contract
-            structure.append(arg)
-        else:
+        elif kind not in _NO_TENSORS:
             structure.append(...)
             tensors.append(arg)
+        elif kind in _VALUES:
+            structure += kind, arg  # 1, 1.0 and True are one key, and not one contract
+        else:
+            token, own = _flat(arg)
+            structure.append(token)
+            tensors += own
     return tuple(structure), tensors
 
 
-def _add_cache(structure: list[Any], tensors: list[Any], cache: LayerCache) -> None:
-    layer_id, static = cache.layer_id, cache.static
-    structure.append(id(cache.spec))
-    if type(layer_id) is int:
-        structure.append(layer_id)
-    else:  # True equals 1, and a list has no hash
-        _add(structure, tensors, (_FOREIGN,))
-    _add(structure, tensors, (cache.k, cache.v, cache.k_scale, cache.v_scale))
+def _flat(bundle: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A bundle's part of `_split`. It is frozen, so what it says is true as long as it lives."""
+    try:
+        found: tuple[Any, tuple[Any, ...]] = bundle._flat
+    except AttributeError:
+        found = _BUNDLES[type(bundle)](bundle)
+        object.__setattr__(bundle, "_flat", found)
+    return found
+
+
+def _flat_cache(cache: LayerCache) -> tuple[Any, tuple[Any, ...]]:
+    marks, tensors = _marked(cache.k, cache.v, cache.k_scale, cache.v_scale)
+    scales, own = _flat_static(cache.static)
+    tensors += own
+    if type(cache.layer_id) is int:
+        return (id(cache.spec), cache.layer_id, marks, scales), tensors
+    # True equals 1, and a list has no hash.
+    return (_FOREIGN, marks, scales), (*tensors, _FOREIGN)
+
+
+def _flat_static(static: Any) -> tuple[Any, tuple[Any, ...]]:
     if static is None:
-        structure.append(None)
-    elif type(static) is StaticScales:  # whose k_quant is there
-        scales = (static.k_quant, static.k_dequant, static.v_quant, static.v_dequant)
-        _add(structure, tensors, (*scales, static.k_zp, static.v_zp))
-    else:
-        _add(structure, tensors, (_FOREIGN,))
+        return None, ()
+    return _flat(static) if type(static) is StaticScales else (_FOREIGN, (_FOREIGN,))
 
 
-def _add(structure: list[Any], tensors: list[Any], fields: tuple[Any, ...]) -> None:
-    for tensor in fields:
-        if tensor is None:
-            structure.append(None)
-        else:
-            structure.append(...)
-            tensors.append(tensor)
+def _flat_rope(rope: Rope) -> tuple[Any, tuple[Any, ...]]:
+    return _marked(rope.cos, rope.sin)
 
 
-def _once(structure: tuple[Any, ...], tensors: list[Any]) -> tuple[tuple[Any, ...], list[Any]]:
-    """Each tensor once, and the places of all: PyTorch's test is False where one comes twice."""
-    places = {id(tensor): place for place, tensor in enumerate(tensors)}
-    pattern = [places[id(tensor)] for tensor in tensors]
-    return (*structure, *pattern), [tensors[place] for place in places.values()]
+def _flat_scales(static: StaticScales) -> tuple[Any, tuple[Any, ...]]:
+    scales = (static.k_quant, static.k_dequant, static.v_quant, static.v_dequant)
+    return _marked(*scales, static.k_zp, static.v_zp)
+
+
+def _marked(*fields: Any) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+    """The places of the fields that are there; and those."""
+    there = {place: field for place, field in enumerate(fields) if field is not None}
+    return tuple(there), tuple(there.values())
+
+
+_BUNDLES: dict[type, Callable[[Any], tuple[Any, tuple[Any, ...]]]] = {
+    LayerCache: _flat_cache,
+    Rope: _flat_rope,
+    StaticScales: _flat_scales,
+}
+_NO_TENSORS = _VALUES | _BUNDLES.keys()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fastkv underneath engines: one package each. Importing one imports no array library."""
+"""fastkv inside engines and other libraries; `import fastkv` imports none of them."""

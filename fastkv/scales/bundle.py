@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fastkv.errors import MissingTensorError, ShapeError
+from fastkv.flat import Flat
 
 if TYPE_CHECKING:
     from fastkv.arrays import LibraryName
@@ -17,7 +18,7 @@ FIELDS = ("k_quant", "k_dequant", "v_quant", "v_dequant", "k_zp", "v_zp")
 
 
 @dataclass(frozen=True, slots=True)
-class StaticScales:
+class StaticScales(Flat):
     """Multipliers and zero points of one layer of a static format.
 
     Each array is `[Hkv]` (per KV head), `[Hkv, D]` (per channel) or `[Hkv * D]` (per channel,

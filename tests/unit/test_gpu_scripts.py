@@ -67,13 +67,13 @@ def sanitize(script, tmp_path, monkeypatch):
     module = script("sanitize")
     monkeypatch.setattr(module, "about", lambda _: {"digest": "0"})
 
-    def run(said):
+    def run(said, *options):
         given, log, tool = (tmp_path / name for name in ("answers", "log", "tool"))
         given.write_text(json.dumps(said))
         tool.write_text(FAKE.format(python=sys.executable, answers=str(given), log=str(log)))
         tool.chmod(0o755)
         summary = tmp_path / "summary.json"
-        code = module.main(["--sanitizer", str(tool), "--json", str(summary)])
+        code = module.main(["--sanitizer", str(tool), "--json", str(summary), *options])
         return code, json.loads(summary.read_text()), log.read_text().splitlines()
 
     return run
@@ -88,6 +88,14 @@ def test_clean_runs_pass(sanitize):
         result = summary["tools"][tool]
         assert (result["tests"], result["errors"], result["launches"]) == (55, 0, 400)
         assert result["control_errors"] == (2 if tool == "racecheck" else 64)
+
+
+def test_tools_run_side_by_side(sanitize):
+    code, summary, ran = sanitize(answers(), "--jobs", "4")
+    assert (code, list(summary["tools"])) == (0, list(TOOLS))
+    assert sorted(ran) == sorted(
+        f"{tool} {which}" for tool in TOOLS for which in ("control", "suite")
+    )
 
 
 NOT_CLEAN = {

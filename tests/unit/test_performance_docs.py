@@ -68,6 +68,11 @@ def result(*rows):
     }
 
 
+def started(op, fmt, shape, seconds, imports=0.0625):
+    us = {"us": seconds * 1e6, "import_us": imports and imports * 1e6}
+    return row(op, fmt, shape, bytes=0, peer=None, ratio=None, **us)
+
+
 @pytest.fixture
 def documents():
     host = row("gather_kv", shape="64x128 Hq32 Hkv8 D128 P16", us=12.5, bytes=0, peer=None)
@@ -83,6 +88,16 @@ def documents():
         "write": result(row("rope_write_kv", shape="1x128 Hq32 Hkv8 D128 P16")),
         "gather": result(row("gather_kv", shape="128 tokens Hkv8 D128 P16")),
         "host": {**result(host), "ceilings": {}},
+        "startup": {
+            **result(
+                started("paged_attention", "none", "cold", 2.5),
+                started("paged_attention", "none", "disk", 0.125),
+                started("paged_attention", "cache_int8", "cold", 2.0),
+                started("merge_states", "none", "cold", 1.0),
+                started("merge_states", "none", "disk", 0.25),
+            ),
+            "ceilings": {},
+        },
     }
 
 
@@ -100,11 +115,44 @@ def test_tables_name_shape_page_time_rate_and_peer(documents):
     assert "| `gather_kv` | 16 | 12.5 µs |" in performance.blocks(documents)["host"]
 
 
+def test_startup_shows_seconds_cold_and_from_the_disk(documents):
+    assert performance.blocks(documents)["startup"].split("\n") == [
+        "| Op: cold, disk in s | `none` | `cache_int8` |",
+        "|---|---|---|",
+        "| `paged_attention` | 2.50, 0.12 | 2.00, – |",
+        "| `merge_states` | 1.00, 0.25 | –, – |",
+        "",
+        "Of every first call, `import cupy` takes 0.06 s.",
+    ]
+
+
+def test_startup_without_the_import_lists_what_failed(documents):
+    row = started("copy_pages", "none", "cold", 1.0, None)
+    failed = {**result(row), "errors": ["import cupy: ModuleNotFoundError: No module"]}
+    text = performance.blocks({"startup": failed})["startup"]
+    assert "Of every first call" not in text
+    assert text.endswith("\n\n- `import cupy: ModuleNotFoundError: No module`")
+
+
+def test_startup_that_is_missing_says_so(documents):
+    del documents["startup"]
+    assert performance.blocks(documents)["startup"] == performance.NOTHING
+
+
+def test_startup_is_not_in_the_picture(documents):
+    assert performance.blocks({"startup": documents["startup"]})["picture"] == performance.NOTHING
+
+
+def test_startup_says_what_it_aims_at():
+    text = PAGE.partition("## Start-up")[2].partition("<!-- startup -->")[0]
+    assert "at most 3 s cold and 0.3 s from the disk" in text
+
+
 def test_runs_name_device_sources_versions_and_command(documents):
     text = performance.blocks(documents)["runs"]
     for part in ("A GPU", DIGEST, "abc1234", "3.11, 2.43", "torch 2.11, driver 580", "–, –"):
         assert part in text
-    assert text.count("python benchmarks/bench_decode.py") == 4
+    assert text.count("python benchmarks/bench_decode.py") == 5
 
 
 @pytest.mark.parametrize(("us", "text"), [(714.4, "714"), (99.94, "99.9"), (3.456, "3.46")])
@@ -130,7 +178,7 @@ def test_a_written_page_has_no_problems_and_is_written_once(documents):
 def test_results_of_other_sources_are_found(documents):
     page = performance.rewrite(PAGE, performance.blocks(documents))
     found = performance.problems(page, documents, "f" * 16)
-    assert len(found) == 5
+    assert len(found) == 6
     assert found[0].startswith("benchmarks/results/decode.json: measured on sources 0123")
     assert found[-1] == f"docs/performance.md quotes sources {DIGEST}, not {'f' * 16}"
 

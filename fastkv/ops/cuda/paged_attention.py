@@ -157,19 +157,20 @@ def paged_attention(
         small |= {"mask_offsets": mask_offsets, "sinks": sinks}
         prepared = checker.prepared = _prepare(checker, cache, q, out, block_table, small)
     plan, static = prepared.plan, cache.static or tensors.NO_STATIC
-    paged = (cache.k, cache.v, cache.k_scale, cache.v_scale)
-    multipliers = (static.k_dequant, static.v_dequant, static.k_zp, static.v_zp)
-    batch = (cu_seqlens_q, cache_seqlens, block_table, mask_offsets, sinks)
-    addresses = plan.addresses((q, out, lse, *paged, *multipliers, *batch))
+    paged: tuple[Any, ...] = (q, out, lse, cache.k, cache.v, cache.k_scale, cache.v_scale)
+    paged += (static.k_dequant, static.v_dequant, static.k_zp, static.v_zp)
+    paged += (cu_seqlens_q, cache_seqlens, block_table, mask_offsets, sinks)
+    addresses = plan.addresses(paged)
     _require_aligned(checker, addresses)
     stream = plan.stream()
     space = workspace(
         plan.on_device, prepared.library, plan.kernel.index, stream, *prepared.workspace
     )
+    addresses += (space.states, space.counters)
     plan.launch(
         checker,
         stream,
-        [*addresses, space.states, space.counters],
+        addresses,
         int(causal),
         _NO_WINDOW if window is None else min(window, _NO_WINDOW),
         prepared.fresh,
@@ -180,8 +181,10 @@ def paged_attention(
 
 
 def _require_aligned(checker: "Checker", addresses: Sequence[int]) -> None:
-    q, out, _, k, v, *_, mask, _ = addresses
-    tensors.require_aligned(checker, _ALIGNED, (q, out, k, v))
+    q, out, _, k, v = addresses[:5]
+    mask = addresses[-2]
+    if (q | out | k | v) % tensors.VECTOR:
+        tensors.require_aligned(checker, _ALIGNED, (q, out, k, v))
     if mask % 8:  # a row's interval is one load
         expected = "memory aligned to 8 bytes on a GPU"
         raise tensors.unsupported(checker, "mask_offsets", expected, f"address {mask:#x}")

@@ -7,8 +7,7 @@ All of it depends on metadata alone, so a launcher asks once per signature and k
 
 import struct
 from collections.abc import Mapping, Sequence
-from functools import reduce
-from operator import or_
+from math import gcd
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -127,7 +126,7 @@ def require_aligned(checker: "Checker", names: Sequence[str], pointers: Sequence
         names: of the first pointers; those behind them may lie anywhere.
         pointers: addresses.
     """
-    if reduce(or_, pointers[: len(names)]) % VECTOR:
+    if gcd(VECTOR, *pointers[: len(names)]) != VECTOR:
         wrong = [(name, at) for name, at in zip(names, pointers, strict=False) if at % VECTOR]
         name, at = wrong[0]
         expected = f"memory aligned to {VECTOR} bytes on a GPU"

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch tensors on the CPU."""
 
+from contextlib import nullcontext
+from functools import partial
+from types import FunctionType
+
 import numpy as np
 import pytest
 import torch
@@ -294,6 +298,38 @@ def test_likeness_is_false_where_a_tensor_was_changed_in_place():
         assert not alike(tensor), name
 
 
+def test_likeness_of_a_tensor_that_comes_twice():
+    def pair():
+        return torch.zeros(2, 3), torch.zeros(2)
+
+    (a, b), (x, y) = pair(), pair()
+    arrays.describe(a)
+    alike = arrays.likeness([a, b, a, b])
+    assert alike(a, b, a, b) is True
+    assert alike(x, y, x, y) is True
+    assert alike(x, y, x, b) is False
+    assert alike(x, y, a, y) is False
+    assert alike(b, y, b, y) is False
+    assert alike(x, a, x, a) is False
+    x.t_()
+    assert alike(x, y, x, y) is False
+    once = arrays.likeness([a, b, a.clone(), b.clone()])
+    assert once(a, b, a, b) is False
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_merge_of_one_state_with_itself_is_found_without_a_key(monkeypatch):
+    from fastkv.contracts import calls as contracts
+
+    q, lse = torch.zeros(2, 3, 8), torch.zeros(2, 3)
+    arrays.describe(q)
+    first = contracts.merge_states(q, lse, q.clone(), lse.clone())
+    assert contracts.merge_states(q, lse, q, lse) is first
+    monkeypatch.delattr("fastkv.contracts.remember.signature")
+    assert contracts.merge_states(q, lse, q, lse) is first
+    assert contracts.merge_states(q.clone(), lse, q, lse.clone()) is first
+
+
 def test_likeness_of_several_libraries_is_none():
     arrays.describe(np.zeros(1))
     assert arrays.likeness([torch.zeros(1), torch.zeros(2)]) is not None
@@ -365,7 +401,7 @@ def test_a_layer_whose_tensor_was_changed_in_place_is_checked_anew():
     ids = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     first = contracts.copy_pages(cache, *ids)
     assert contracts.copy_pages(cache, *ids) is first
-    assert contracts.copy_pages(cache, ids[0], ids[0]) is not first
+    assert contracts.copy_pages(cache, ids[0], ids[0]) is first
     cache.k.resize_(5, 2, 4, 8)
     cache.v.resize_(5, 2, 4, 8)
     second = contracts.copy_pages(cache, *ids)
@@ -385,3 +421,59 @@ def test_what_is_made_on_a_gpu_is_dense(shape, dtype):
     made = make(device="cpu")
     assert metadata(made) == metadata(torch.empty(shape, dtype=getattr(torch, dtype)))
     assert make(device="cpu") is not made
+
+
+@pytest.fixture
+def on_a_current_device(monkeypatch):
+    """The device of index 0 is the CPU; a list whose item is the current device's index."""
+    from fastkv.arrays import torch as module
+
+    current = [0]
+    monkeypatch.setattr(module, "_current_device", lambda: current[0])
+    monkeypatch.setattr(module, "_empty_here", torch._C._dynamo.guards._empty_strided_cpu)
+    monkeypatch.setattr(module, "_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    module._makes_dense.cache_clear()
+    yield current
+    module._makes_dense.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (0, 5), (4, 0, 3), (1, 1)])
+@pytest.mark.parametrize("current", [0, 1])
+def test_what_is_made_on_the_current_device_is_dense(
+    shape, current, on_a_current_device, monkeypatch
+):
+    from fastkv.arrays import torch as module
+
+    general, asked = torch.empty_strided, []
+    monkeypatch.setattr(torch, "empty_strided", lambda *a, **k: asked.append(1) or general(*a, **k))
+    make = module._maker(shape, "bfloat16", 0)
+    on_a_current_device[0] = current
+    made = make()
+    assert metadata(made) == metadata(torch.empty(shape, dtype=torch.bfloat16))
+    assert make() is not made
+    assert len(asked) == (2 if current else 0)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        lambda shape, strides, dtype: torch.empty(shape, dtype=dtype, device="meta"),
+        lambda shape, strides, dtype: torch.empty(shape[::-1], dtype=dtype),
+        lambda shape, strides, dtype: torch.empty(shape[::-1], dtype=dtype).t(),
+        lambda shape, strides, dtype: torch.empty(shape),
+        lambda shape, strides, dtype: torch.empty(shape, dtype=dtype, requires_grad=True),
+        lambda shape, strides: None,
+        lambda shape, strides, dtype: None,
+        refuses,
+        None,
+    ],
+)
+@pytest.mark.usefixtures("on_a_current_device")
+def test_an_allocation_that_does_something_else_is_not_used(found, monkeypatch):
+    from fastkv.arrays import torch as module
+
+    assert isinstance(module._maker((2,), "float32", 0), FunctionType)
+    module._makes_dense.cache_clear()
+    monkeypatch.setattr(module, "_empty_here", found)
+    assert isinstance(module._maker((2,), "float32", 0), partial)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastkv
 from fastkv.quant import QUANT_SPECS
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
@@ -31,7 +32,7 @@ def module(monkeypatch):
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("gpu", "bench_decode", "bench_write", "bench_gather"):
+        if name.partition(".")[0] == "gpu" or name.startswith("bench_"):
             del sys.modules[name]
 
 
@@ -255,6 +256,185 @@ def test_host_has_every_op(module, clock, tmp_path):
 
     every = set(ops.__all__) - {"zeros_beside", "check_step"}
     assert {row["op"] for row in document["rows"]} == every
+
+
+class Processes:
+    """In place of new processes: the n-th to be measured takes n, then 0.1 seconds."""
+
+    def __init__(self, binaries=("paged.cubin",), functions=1):
+        self.binaries, self.functions = binaries, functions
+        self.started, self.measured = [], 0
+
+    def __call__(self, command, environment, count):
+        cache = Path(environment["CUPY_CACHE_DIR"])
+        (op, fmt, device), full = command[-3:], cache.exists()
+        self.started.append((op, fmt, device, count, full))
+        if not full:
+            cache.mkdir()
+            for name in self.binaries:
+                (cache / name).write_bytes(b"")
+        return [self.sample() for _ in range(count)]
+
+    def sample(self):
+        self.measured += 1
+        return {"first_us": self.measured * 1e6, "second_us": 1e5, "functions": self.functions}
+
+
+def startup(module, tmp_path, runner, *arguments):
+    path = tmp_path / "startup.json"
+    module("bench_startup").main(["--json", str(path), *arguments], runner, "cpu")
+    return json.loads(path.read_text("utf-8"))
+
+
+def test_startup_is_cold_once_and_then_from_the_cache_that_this_left(module, tmp_path):
+    processes = Processes()
+    document = startup(module, tmp_path, processes, "--quick")
+    cases = [(op, fmt) for fmt in LABELS[:2] for op in ("paged_attention", "rope_write_kv")]
+    ahead = [("paged_attention", "none", "cpu", 1, False), ("import cupy", "none", "cpu", 3, True)]
+    assert processes.started[:2] == ahead
+    assert processes.started[2:] == [
+        (*case, "cpu", count, full) for case in cases for count, full in ((1, False), (3, True))
+    ]
+    rows = document["rows"]
+    assert [(row["op"], row["format"], row["shape"]) for row in rows] == [
+        (*case, shape) for case in cases for shape in ("cold", "disk")
+    ]
+    # Processes 1 to 4 come ahead; the import's are 2, 3 and 4.
+    assert [row["us"] / 1e6 for row in rows] == [5, 7, 9, 11, 13, 15, 17, 19]
+    assert rows[1]["samples_us"] == [6e6, 7e6, 8e6]
+    assert [rows[n]["iqr_us"] for n in (0, 1)] == [0, 2e6]
+    for row in rows:
+        assert set(row) >= KEYS
+        assert (row["second_us"], row["functions"], row["import_us"]) == (1e5, 1, 3e6)
+    assert document["errors"] == []
+    assert set(document) >= {"device", "versions", "digest", "commit", "command"}
+
+
+def test_startup_has_every_op_with_a_kernel_and_every_format(module, tmp_path):
+    from fastkv.ops.cuda import listing
+
+    rows = startup(module, tmp_path, Processes())["rows"]
+    cases = [(row["op"], row["format"]) for row in rows[::2]]
+    assert [op for op, fmt in cases if fmt == "none"] == listing.launchers()
+    assert [fmt for op, fmt in cases if op == "gather_kv"] == LABELS
+    assert [fmt for op, fmt in cases if op == "merge_states"] == ["none"]
+    assert len(cases) == (len(listing.launchers()) - 1) * len(LABELS) + 1
+
+
+def test_startup_rows_and_formats_select(module, tmp_path):
+    wanted = ("--quick", "--rows", "disk", "--formats", "cache_fp8")
+    rows = startup(module, tmp_path, Processes(), *wanted)["rows"]
+    assert {(row["format"], row["shape"]) for row in rows} == {("cache_fp8", "disk")}
+
+
+def test_startup_tells_a_cold_call_that_left_no_binary(module, tmp_path):
+    document = startup(module, tmp_path, Processes(binaries=()), "--quick")
+    assert document["rows"] == []
+    assert len(document["errors"]) == 4
+    assert document["errors"][0] == (
+        "paged_attention none cold: RuntimeError: no binary was left in the cache"
+    )
+
+
+def test_startup_tells_a_call_that_compiled_although_the_cache_is_full(module, tmp_path):
+    class Anew(Processes):
+        def __call__(self, command, environment, count):
+            said = super().__call__(command, environment, count)
+            if count > 1:
+                (Path(environment["CUPY_CACHE_DIR"]) / "again.cubin").write_bytes(b"")
+            return said
+
+    document = startup(module, tmp_path, Anew(), "--quick")
+    assert {row["shape"] for row in document["rows"]} == {"cold"}
+    assert document["errors"][0] == (
+        "paged_attention none disk: RuntimeError: compiled anew: 1 binaries more in the cache"
+    )
+
+
+def test_startup_goes_on_after_a_process_that_fails(module, tmp_path):
+    class Failing(Processes):
+        def __call__(self, command, environment, count):
+            if command[-3] in ("rope_write_kv", "import cupy"):
+                raise RuntimeError("exit code 1")
+            return super().__call__(command, environment, count)
+
+    document = startup(module, tmp_path, Failing(), "--quick")
+    assert [row["op"] for row in document["rows"]] == ["paged_attention"] * 4
+    assert [row["import_us"] for row in document["rows"]] == [None] * 4
+    assert [error.split(": ")[0] for error in document["errors"]] == [
+        "import cupy",
+        "rope_write_kv none cold",
+        "rope_write_kv cache_int8 cold",
+    ]
+
+
+def test_startup_measures_in_new_processes(module, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(fastkv.__file__).parents[1]))
+    bench = module("bench_startup")
+    fmt, device = module("gpu.data").FORMATS["none"], torch.device("cpu")
+    go = (bench.run, device, "merge_states", fmt, tmp_path, 2)
+    said = bench.samples(*go)
+    assert len(said) == 2
+    for sample in said:
+        assert set(sample) == {"first_us", "second_us", "functions"}
+        assert 0 < sample["second_us"] < sample["first_us"] < 60e6
+        assert sample["functions"] == 0
+
+
+# The n-th of these processes is ready after 0.4 n seconds, and notes what it does.
+WAITS = """
+import sys, pathlib, time
+folder = pathlib.Path(sys.argv[1])
+
+def note(what):
+    with (folder / "log").open("a") as log:
+        log.write(what + " ")
+
+for n in range(3):
+    try:
+        (folder / str(n)).mkdir()
+        break
+    except FileExistsError:
+        pass
+print("a library says something", flush=True)
+time.sleep(0.4 * n)
+note("ready")
+print("ready", flush=True)
+sys.stdin.readline()
+note("begin")
+print('{"first_us": 2, "second_us": 1, "functions": 3}')
+note("end")
+"""
+
+
+def test_startup_measures_one_process_at_a_time_when_all_are_ready(module, tmp_path):
+    command = [sys.executable, "-c", WAITS, str(tmp_path)]
+    said = module("bench_startup").run(command, {}, 3)
+    assert said == [{"first_us": 2, "second_us": 1, "functions": 3}] * 3
+    assert (tmp_path / "log").read_text() == "ready " * 3 + "begin end " * 3
+
+
+@pytest.mark.parametrize("ready", ["", "print('ready', flush=True); input(); "])
+def test_startup_tells_why_a_process_failed(module, ready):
+    command = [sys.executable, "-c", f"{ready}raise SystemExit('no such op')"]
+    with pytest.raises(RuntimeError, match="exit code 1: no such op"):
+        module("bench_startup").run(command, {}, 2)
+
+
+def test_startup_caches_are_in_the_folder(module, tmp_path):
+    seen = []
+    bench = module("bench_startup")
+    fmt = module("gpu.data").FORMATS["cache_int8/channel"]
+    bench.samples(
+        lambda *given: seen.append(given), torch.device("cpu"), "gather_kv", fmt, tmp_path, 3
+    )
+    ((command, environment, count),) = seen
+    assert command[1:] == [bench.__file__, "--child", "gather_kv", "cache_int8/channel", "cpu"]
+    assert environment == {
+        "CUPY_CACHE_DIR": str(tmp_path / "cupy"),
+        "CUDA_CACHE_PATH": str(tmp_path / "driver"),
+    }
+    assert count == 3
 
 
 def test_rotation_is_larger_than_twice_the_l2(module, monkeypatch):

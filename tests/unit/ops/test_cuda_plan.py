@@ -9,7 +9,7 @@ from fastkv.arrays import ArrayInfo
 from fastkv.contracts.tensors import Checker
 from fastkv.errors import UnsupportedError
 from fastkv.ops import dispatch
-from fastkv.ops.cuda import faults, tensors
+from fastkv.ops.cuda import faults, paged_attention, tensors
 from fastkv.ops.cuda.plan import Plan
 from fastkv.scales import FIELDS
 
@@ -64,6 +64,21 @@ def test_the_first_odd_address_is_refused_by_name(wrong):
 
 def test_addresses_behind_the_names_may_be_odd():
     tensors.require_aligned(Checker("op"), ("q", "k"), [16, 32, 4])
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), [(0, "q"), (1, "out"), (3, "cache.k"), (4, "cache.v"), (14, "mask_offsets")]
+)
+def test_what_attention_loads_at_once_is_aligned(place, name):
+    addresses = [4] * 16
+    for aligned in (0, 1, 3, 4):
+        addresses[aligned] = 160
+    addresses[14] = 8
+    paged_attention._require_aligned(Checker("op"), addresses)
+    addresses[place] += 4
+    with pytest.raises(UnsupportedError) as caught:
+        paged_attention._require_aligned(Checker("op"), addresses)
+    assert caught.value.argument == name
 
 
 def test_a_bundle_that_is_not_there_has_every_field_of_one():

@@ -195,5 +195,8 @@ __device__ __forceinline__ void load_query(const Params& p, Shared& sh, int c) {
   }
   zero += __shfl_xor_sync(~0u, zero, 1);
   zero += __shfl_xor_sync(~0u, zero, 2);
-  if (t == 0) sh.factor[row] = factor * F::kUnit, sh.shift[row] = __fmul_rn(-factor, zero);
+  if (t == 0) {
+    const float unit = fminf(fmaxf(factor * F::kUnit, -3e38f), 3e38f);  // an infinity times 0 is NaN
+    sh.factor[row] = unit, sh.shift[row] = __fmul_rn(-factor, zero);
+  }
 }
