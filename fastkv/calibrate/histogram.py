@@ -50,12 +50,13 @@ class Histogram:
     @property
     def bins(self) -> int:
         """Bins of a channel."""
-        return self.mass.shape[1]
+        return int(self.mass.shape[1])
 
     @property
     def width(self) -> "F64":
         """Width of each channel's bins, `[C]`."""
-        return np.ldexp(1.0, self._exponent)
+        found: F64 = np.ldexp(1.0, self._exponent)
+        return found
 
     @property
     def start(self) -> "F64":

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastkv.calibrate.errors import OP
 from fastkv.calibrate.histogram import Histogram
-from fastkv.calibrate.search import search_mse
+from fastkv.calibrate.search import search
 from fastkv.errors import ContractError, unknown_name
 from fastkv.quant import Granularity, QuantSpec
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
     F64 = NDArray[np.float64]
 
+_OP = "calibration"
 # Halvings of a range: far below a bin's width.
 _HALVINGS = 40
 
@@ -57,30 +57,43 @@ class Recipe:
         headroom: widens the ranges, see `fastkv.scales.calibration.calibrate`.
         percentile: per cent of the mass that `percentile` covers.
         weights: one of `WEIGHTS`, of each token in the histograms; `minmax` does not read them.
+        k_power: `mse` minimizes the mean of |error|^k_power in K; of V always the square.
 
     Raises:
         UnknownNameError: of a method or of weights.
-        ContractError: a headroom or a percentile that is none.
+        ContractError: a headroom, a percentile or a power that is none.
     """
 
     method: str = "minmax"
     headroom: float = 1.0
     percentile: float = 99.9
     weights: str = "uniform"
+    k_power: int = 2
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise unknown_name(OP, "--method", self.method, METHODS)
+            raise unknown_name(_OP, "--method", self.method, METHODS)
         if self.weights not in WEIGHTS:
-            raise unknown_name(OP, "--weights", self.weights, WEIGHTS)
-        if not 0 < self.headroom < float("inf"):
-            raise ContractError(
-                OP, "--headroom", expected="finite and > 0", got=repr(self.headroom)
-            )
-        if not 50 < self.percentile <= 100:
-            raise ContractError(
-                OP, "--percentile", expected="above 50, at most 100", got=repr(self.percentile)
-            )
+            raise unknown_name(_OP, "--weights", self.weights, WEIGHTS)
+        self._require("headroom", "finite and > 0", 0 < self.headroom < float("inf"))
+        self._require("percentile", "above 50, at most 100", 50 < self.percentile <= 100)
+        self._require("k_power", "1 to 8", 1 <= self.k_power <= 8)
+
+    def _require(self, name: str, expected: str, is_so: bool) -> None:
+        if not is_so:
+            option = f"--{name.replace('_', '-')}"
+            raise ContractError(_OP, option, expected=expected, got=repr(getattr(self, name)))
+
+    def describe(self) -> str:
+        """In words."""
+        parts = [self.method]
+        if self.method == "percentile":
+            parts[0] += f" {self.percentile:g}"
+        if self.method == "mse" and self.k_power != 2:
+            parts.append(f"|error|^{self.k_power} in K")
+        if self.method != "minmax":
+            parts.append(f"{self.weights} weights")
+        return ", ".join([*parts, f"headroom {self.headroom:g}"])
 
     @property
     def by_attention(self) -> bool:
@@ -97,7 +110,10 @@ def _minmax(side: Side, row: QuantSpec, layout: Granularity, recipe: Recipe) -> 
 
 
 def _mse(side: Side, row: QuantSpec, layout: Granularity, recipe: Recipe) -> "Range":
-    return search_mse(side.name, side.histogram, (side.low, side.high), row, layout)
+    # V enters the output linearly; K through exp, where a large error does more than its square.
+    power = recipe.k_power if side.name == "k" else 2
+    seen = side.low, side.high
+    return search(side.name, side.histogram, seen, row, layout, power)
 
 
 def _percentile(side: Side, row: QuantSpec, layout: Granularity, recipe: Recipe) -> "Range":
@@ -152,3 +168,11 @@ WEIGHTS = ("uniform", "attention")
 METHODS: Mapping[str, Callable[[Side, QuantSpec, Granularity, Recipe], "Range"]] = MappingProxyType(
     {"minmax": _minmax, "percentile": _percentile, "mse": _mse}
 )
+
+
+def recommended(row: QuantSpec, layout: Granularity) -> Recipe:
+    """The best measured, for formats like this; `docs/calibrate.md` has the table."""
+    if row.needs_zp:
+        return Recipe("mse", weights="attention", k_power=3)
+    # A channel's maximum over a text is exceeded often, a head's hardly ever.
+    return Recipe("minmax", headroom=1.5 if layout is Granularity.CHANNEL else 1.0)

@@ -81,7 +81,7 @@ class Observer:
             self._layers[layer] = _Channels(k.shape[1:]), _Channels(v.shape[1:])
         for channels, x, weights in zip(self._layers[layer], (k, v), (of_k, of_v), strict=True):
             channels.add(x, weights)
-        self._done(f"layer {layer}")
+        self._done(f"observe layer {layer}")
 
     def sides(self, layer: int) -> tuple[Side, Side]:
         """What was observed of a layer's K and V."""
@@ -100,7 +100,11 @@ class Observer:
             )
 
     def scales(
-        self, row: QuantSpec, granularity: "Granularity | str | None", recipe: Recipe
+        self,
+        row: QuantSpec,
+        granularity: "Granularity | str | None",
+        recipe: Recipe,
+        done: Callable[[str], None] = lambda _: None,
     ) -> dict[int, StaticScales]:
         """Static scales of every layer.
 
@@ -108,6 +112,7 @@ class Observer:
             row: a static format.
             granularity: of its multipliers; None takes the preferred one.
             recipe: its weights are those that the observer was made with.
+            done: told of each layer.
 
         Raises:
             MissingTensorError: see `require_layers`.
@@ -119,6 +124,7 @@ class Observer:
         for layer in range(self.num_layers):
             k, v = (recipe.range(side, row, layout) for side in self.sides(layer))
             found[layer] = from_ranges(k, v, row, layout, recipe.headroom)
+            done(f"scales of layer {layer}")
         return found
 
     def _check(self, layer: int, k: "F32", v: "F32") -> None:
@@ -133,12 +139,12 @@ class Observer:
         for name, x in (("K", k), ("V", v)):
             finite = np.isfinite(x)
             if not finite.all():
-                token, head, channel = np.argwhere(~finite)[0].tolist()
+                token, head, channel = place = tuple(np.argwhere(~finite)[0].tolist())
                 raise ScaleError(
                     OP,
                     f"{name} of layer {layer}",
                     expected="finite values",
-                    got=f"{x[token, head, channel]} at token {token}, head {head}, channel {channel}",
+                    got=f"{x[place]} at token {token}, head {head}, channel {channel}",
                 )
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The range with the smallest mean squared error, searched over a histogram.
+"""The range with the smallest mean squared error, or mean of a higher power, over a histogram.
 
 A candidate range goes through the formulas that the scales come from; its error is that of the
 format's own codes, clipping included. A bin's mass is spread evenly over it, which makes the
-squared error of rounding an integral in closed form: with `u = x * quant + zp` and the code g that
-u rounds to, the antiderivative of `(u - g)^2` is a constant of that code plus `(u - g)^3 / 3`.
+error of rounding an integral in closed form: with `u = x * quant + zp` and g the code that u rounds
+to, an antiderivative of `|u - g|^p` is `(u - g) * |u - g|^p / (p + 1)` plus a constant of g.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,13 @@ CUTS = tuple(i / 40 for i in range(1, 31))
 _ROUNDS = 2
 
 
-def search_mse(
-    side: str, histogram: Histogram, seen: "Range", row: QuantSpec, layout: Granularity
+def search(
+    side: str,
+    histogram: Histogram,
+    seen: "Range",
+    row: QuantSpec,
+    layout: Granularity,
+    power: int = 2,
 ) -> "Range":
     """The range within `seen` whose codes come closest, in the mean of the histogram's masses.
 
@@ -41,8 +46,9 @@ def search_mse(
         seen: lowest and highest value of each channel, `[Hkv, D]` each.
         row: a static format.
         layout: what shares a multiplier; a symmetric format's heads are searched as one.
+        power: p of the mean of |error|^p, at least 1; 2 is the mean squared error.
     """
-    best = _Best(side, histogram, row, layout, seen)
+    best = _Best(side, _Errors(histogram, row, power), row, layout, seen)
     low, high = seen
     if not row.needs_zp:
         amax = np.maximum(np.abs(low), np.abs(high))
@@ -65,11 +71,11 @@ class _Best:
     """The best range so far of each channel, or head."""
 
     def __init__(
-        self, side: str, histogram: Histogram, row: QuantSpec, layout: Granularity, first: "Range"
+        self, side: str, errors: "_Errors", row: QuantSpec, layout: Granularity, first: "Range"
     ) -> None:
         self.range = first
         self._side, self._row, self._layout = side, row, layout
-        self._errors = _Errors(histogram, row)
+        self._errors = errors
         self._error = self._of(first)
 
     def consider(self, candidate: "Range") -> None:
@@ -82,7 +88,7 @@ class _Best:
         self.range = np.where(better, low, self.range[0]), np.where(better, high, self.range[1])
 
     def _of(self, candidate: "Range") -> "F64":
-        """Sum of the squared errors, `[Hkv, D]`; a head's in all of its channels."""
+        """Sum of the errors, `[Hkv, D]`; a head's in all of its channels."""
         shape = candidate[0].shape
         found = side_scales(self._side, candidate, self._row, self._layout)
         quant, _, zp = (None if x is None else _channels(x, shape) for x in found)
@@ -100,19 +106,20 @@ def _channels(x: "NDArray[Any]", shape: tuple[int, ...]) -> "F64":
 
 
 class _Errors:
-    """Squared errors of a histogram's channels under given multipliers."""
+    """Errors, to a power, of a histogram's channels under given multipliers."""
 
-    def __init__(self, histogram: Histogram, row: QuantSpec) -> None:
-        self._codes = codes_of(row)
+    def __init__(self, histogram: Histogram, row: QuantSpec, power: int) -> None:
+        self._codes = codes_of(row, power)
         width = histogram.width[:, None]
         self._edges = histogram.start[:, None] + width * np.arange(histogram.bins + 1)
         # sum_b mass[b] * (F(b + 1) - F(b)), by parts: each edge's F is needed once.
         self._steps = -np.diff(histogram.mass / width, axis=1, prepend=0, append=0)
 
     def of(self, quant: "F64", zp: "F64 | float") -> "F64":
-        """Sum of mass times squared error of each channel, `[C]`."""
+        """Sum of mass times |error|^p of each channel, `[C]`."""
         codes = self._edges * quant[:, None] + np.asarray(zp).reshape(-1, 1)
-        found: F64 = np.einsum("cb,cb->c", self._codes.integral(codes), self._steps) / quant**3
+        total = np.einsum("cb,cb->c", self._codes.integral(codes), self._steps)
+        found: F64 = total / quant ** (self._codes.power + 1)
         return found
 
 
@@ -124,26 +131,36 @@ class Codes:
         values: `[n]`.
         middles: between neighbours, `[n - 1]`: where rounding changes.
         constants: what makes the integral continuous, `[n]`.
+        power: p of |error|^p.
     """
 
     values: "F64"
     middles: "F64"
     constants: "F64"
+    power: int
 
     def integral(self, u: "F64") -> "F64":
-        """An antiderivative of the squared distance between u and its code, at u."""
+        """An antiderivative of |u - its code|^p, at u."""
         if len(self.values) == self.values[-1] - self.values[0] + 1:  # integers: no search
             at = (np.clip(np.rint(u), *self.values[[0, -1]]) - self.values[0]).astype(np.intp)
         else:
             at = np.searchsorted(self.middles, u)
         off = u - self.values[at]
-        found: F64 = self.constants[at] + off * off * off / 3
+        found: F64 = self.constants[at] + _signed_power(off, self.power)
         return found
 
 
+def _signed_power(x: "F64", p: int) -> "F64":
+    """`x * |x|^p / (p + 1)`, the antiderivative of `|x|^p`."""
+    magnitude, found = np.abs(x), x / (p + 1)
+    for _ in range(p):
+        found = found * magnitude
+    return found
+
+
 @cache
-def codes_of(row: QuantSpec) -> Codes:
-    """The codes of a static format."""
+def codes_of(row: QuantSpec, power: int = 2) -> Codes:
+    """The codes of a static format, for the integral of |error|^power."""
     import ml_dtypes
 
     assert row.storage is not None, "a static format has a storage dtype"
@@ -156,5 +173,5 @@ def codes_of(row: QuantSpec) -> Codes:
     else:
         values = np.arange(row.code_min, row.code_max + 1)
     middles = (values[1:] + values[:-1]) / 2
-    jumps = ((middles - values[:-1]) ** 3 - (middles - values[1:]) ** 3) / 3
-    return Codes(values, middles, np.concatenate([[0.0], np.cumsum(jumps)]))
+    jumps = _signed_power(middles - values[:-1], power) - _signed_power(middles - values[1:], power)
+    return Codes(values, middles, np.concatenate([[0.0], np.cumsum(jumps)]), power)

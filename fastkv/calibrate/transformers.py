@@ -60,6 +60,12 @@ class TransformersModel:
         """Decoder layers."""
         return int(self._config.num_hidden_layers)
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens that a sequence may have, BOS not counted; None where the model does not say."""
+        most = getattr(self._config, "max_position_embeddings", None)
+        return None if most is None else int(most) - (self.bos is not None)
+
     def encode(self, text: str) -> "NDArray[np.int64]":
         """Token ids of a text, without special tokens."""
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

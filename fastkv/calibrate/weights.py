@@ -62,7 +62,7 @@ def _probabilities(
     if window is not None:
         seen &= distance < window
     logits = np.where(seen, q @ k.T * np.float32(scale), -np.inf)
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p: NDArray[Any] = np.exp(logits - logits.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
     return p
 

@@ -98,7 +98,13 @@ def side_scales(
     return quant, dequant, np.rint(zp) if side == "v" else zp
 
 
-def static_layout(row: QuantSpec, granularity: Granularity | str | None) -> Granularity:
+def static_layout(
+    row: QuantSpec,
+    granularity: Granularity | str | None,
+    *,
+    op: str = _OP,
+    argument: str = "granularity",
+) -> Granularity:
     """The layout of a static format's multipliers; None takes the preferred one.
 
     Raises:
@@ -107,7 +113,7 @@ def static_layout(row: QuantSpec, granularity: Granularity | str | None) -> Gran
     """
     if not row.needs_static:
         raise UnsupportedError(
-            _OP,
+            op,
             "quant",
             format=row.name.value,
             expected="a format with static scales",
@@ -118,7 +124,8 @@ def static_layout(row: QuantSpec, granularity: Granularity | str | None) -> Gran
         if layout == wanted:
             return layout
     known = " or ".join(layout.value for layout in row.granularities)
-    raise _fault(row, "granularity", known, repr(str(wanted)))
+    got = repr(str(wanted))
+    raise ScaleError(op, argument, format=row.name.value, expected=known, got=got)
 
 
 def _widen(low: "F32", high: "F32", headroom: float) -> "Range":
