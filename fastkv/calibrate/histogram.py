@@ -6,8 +6,8 @@ bins shift; when they no longer reach, e grows and bins merge two by two (or fou
 moves no mass across an edge. So the histogram of a stream is the one of its whole, in any order and
 any chunks, up to the float64 sums of the weights.
 
-Error: a channel's bins are at most `2 / (bins - 1)` of its range wide (of its largest magnitude
-times 2^-21, where that is more), and any quantile read from them is off by less than one bin.
+Error: a channel's bins are at most `2 / (bins - 1)` of its range wide (or 2^-21 of its largest
+magnitude, or 2^-60, where that is more), and a quantile read from them is off by less than a bin.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -106,9 +106,15 @@ class Histogram:
 def _exponent(low: "F64", high: "F64", bins: int) -> "NDArray[np.int64]":
     """The smallest e at which the bins from low on reach high, `[C]`."""
     magnitude = np.maximum(np.abs(low), np.abs(high))
-    digits = np.frexp(magnitude)[1] - _DIGITS
-    span = np.frexp((high - low) / (bins - 1))[1] - 1  # 2^span <= range / (bins - 1)
-    exponent = np.maximum(np.maximum(digits, span), _SMALLEST_EXPONENT).astype(np.int64)
+    digits = _power(magnitude) + 1 - _DIGITS
+    exponent = np.maximum(digits, _power((high - low) / (bins - 1)))
     need = np.floor(np.ldexp(high, -exponent)) - np.floor(np.ldexp(low, -exponent))
     found: NDArray[np.int64] = exponent + (need >= bins)
+    return found
+
+
+def _power(x: "F64") -> "NDArray[np.int64]":
+    """The largest e with 2^e <= x, at least the smallest exponent."""
+    power = np.where(x > 0, np.frexp(x)[1] - 1, _SMALLEST_EXPONENT)
+    found: NDArray[np.int64] = np.maximum(power, _SMALLEST_EXPONENT).astype(np.int64)
     return found

@@ -68,7 +68,7 @@ class Observer:
             window: see `attention_weights`.
 
         Raises:
-            ShapeError: K and V differ in shape, or from other layers'.
+            ShapeError: K and V differ in shape, or from other layers', or no such layer.
             ScaleError: a value that is NaN or infinite.
         """
         self._check(layer, k, v)
@@ -128,6 +128,9 @@ class Observer:
         return found
 
     def _check(self, layer: int, k: "F32", v: "F32") -> None:
+        if not 0 <= layer < self.num_layers:
+            expected = f"a layer below {self.num_layers}"
+            raise ShapeError(OP, "layer", expected=expected, got=str(layer))
         if k.shape != v.shape or self._shape not in (None, k.shape[1:]):
             raise ShapeError(
                 OP,

@@ -2,6 +2,7 @@
 """Observe a transformers model: its own attention interface hands over Q, K and V after RoPE."""
 
 from collections.abc import Iterable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'fastkv[transformers]'"
 #: Under this name the attention that observes is registered with transformers.
 ATTENTION = "fastkv_calibrate"
+# Not every model hands keyword arguments down to its attention.
+_OBSERVER: ContextVar[Observer] = ContextVar("observer")
 # What changes the attention in ways that are not computed here, by the argument that asks for it.
 _NOT_COMPUTED = {"softcap": "a soft cap", "s_aux": "sinks"}
 
@@ -73,13 +76,13 @@ class TransformersModel:
 
     def observe(self, sequences: "Iterable[NDArray[np.int64]]", observer: Observer) -> None:
         """Run the model over token sequences, each from position 0."""
-        for ids in sequences:
+        before = _OBSERVER.set(observer)
+        try:
             with self._torch.no_grad():
-                self._model(
-                    input_ids=self._torch.from_numpy(ids)[None],
-                    use_cache=False,
-                    fastkv_observer=observer,
-                )
+                for ids in sequences:
+                    self._model(input_ids=self._torch.from_numpy(ids)[None], use_cache=False)
+        finally:
+            _OBSERVER.reset(before)
 
     def _begins(self) -> int | None:
         """The BOS token, where the tokenizer puts it before a text."""
@@ -107,18 +110,17 @@ def observed_attention(
         key: as it is cached, `[1, Hkv, T, D]`.
         value: `[1, Hkv, T, D]`.
         attention_mask: transformers' own.
-        **options: `scaling`, `sliding_window`, `fastkv_observer` and what the model adds.
+        **options: `scaling`, `sliding_window` and what the model adds.
 
     Raises:
         UnsupportedError: attention that is not causal, or has a soft cap or sinks.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    observer: Observer = options.pop("fastkv_observer")
     _refuse_what_is_not_computed(module, options)
     q, k, v = (x[0].transpose(0, 1).float().numpy() for x in (query, key, value))
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    observer.add(module.layer_idx, q, k, v, float(scale), options.get("sliding_window"))
+    _OBSERVER.get().add(module.layer_idx, q, k, v, float(scale), options.get("sliding_window"))
     out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
     return out, None
 
