@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     F64 = NDArray[np.float64]
 
-#: What of the observed range, or of one end of it, a candidate cuts off.
-CUTS = tuple(i / 40 for i in range(1, 31))
+#: What of the observed range, or of one end of it, a candidate cuts off; below 0 it adds that.
+CUTS = tuple(i / 40 for i in range(-4, 25) if i)
 # Either end of an asymmetric range is searched with the other fixed, this often.
 _ROUNDS = 2
 
@@ -38,7 +38,7 @@ def search(
     layout: Granularity,
     power: int = 2,
 ) -> "Range":
-    """The range within `seen` whose codes come closest, in the mean of the histogram's masses.
+    """The range in or near `seen` whose codes come closest, in the mean of the histogram's masses.
 
     Args:
         side: `k` or `v`.
