@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The observer: a model's adapter hands it one layer's sequence after another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,7 +55,14 @@ class Observer:
         return heads, dim
 
     def add(
-        self, layer: int, q: "F32", k: "F32", v: "F32", scale: float, window: int | None = None
+        self,
+        layer: int,
+        q: "F32",
+        k: "F32",
+        v: "F32",
+        scale: float,
+        window: int | None = None,
+        later: "Sequence[F32]" = (),
     ) -> None:
         """Observe one layer of one sequence, from its first token on.
 
@@ -66,6 +73,8 @@ class Observer:
             v: values, `[T, Hkv, D]`.
             scale: multiplies the attention's logits.
             window: see `attention_weights`.
+            later: K of the same tokens at later positions, `[T, Hkv, D]` each, counted like `k`:
+                RoPE rotates Q and K alike, so that the weights stay what they are.
 
         Raises:
             ShapeError: K and V differ in shape, or from other layers', or no such layer.
@@ -81,6 +90,8 @@ class Observer:
             self._layers[layer] = _Channels(k.shape[1:]), _Channels(v.shape[1:])
         for channels, x, weights in zip(self._layers[layer], (k, v), (of_k, of_v), strict=True):
             channels.add(x, weights)
+        for moved in later:
+            self._layers[layer][0].add(moved, of_k)
         self._done(f"observe layer {layer}")
 
     def sides(self, layer: int) -> tuple[Side, Side]:

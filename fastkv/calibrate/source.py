@@ -74,6 +74,7 @@ def load(
     window: int,
     *,
     interleaved: bool = False,
+    positions: int | None = None,
 ) -> Source:
     """Read the text and the model.
 
@@ -84,6 +85,7 @@ def load(
             text that ships those that `fastkv eval` calibrates on.
         window: tokens of a sequence, BOS not counted.
         interleaved: see `fastkv.calibrate.gguf.observe_llama`; of GGUF files only.
+        positions: likewise.
 
     Raises:
         TextError: a text that is empty, cannot be read, or ends before the tokens do.
@@ -96,9 +98,9 @@ def load(
         if not content:
             raise TextError(OP, "--text", expected="a text", got=f"{text_name}, which is empty")
         if model is None or model.endswith(".gguf"):
-            found = _gguf(model, content, text_name, interleaved)
+            found = _gguf(model, content, text_name, interleaved, positions)
         else:
-            found = _transformers(model, content, interleaved)
+            found = _transformers(model, content, interleaved, positions)
         span = span or _default_span(text, len(found.ids), text_name)
         require_tokens(len(found.ids), span, "--tokens", text_name)
     if found.longest is not None and window > found.longest:
@@ -133,7 +135,9 @@ def _default_span(text: Path | None, count: int, name: str) -> Span:
     return Span(0, min(count, DEFAULT_TOKENS))
 
 
-def _gguf(model: str | None, content: str, text_name: str, interleaved: bool) -> _Model:
+def _gguf(
+    model: str | None, content: str, text_name: str, interleaved: bool, positions: int | None
+) -> _Model:
     from fastkv.calibrate.gguf import observe_llama
     from fastkv.eval.gguf_llama import ModelFile, find_model
     from fastkv.eval.gguf_tokenizer import TextTokenizer
@@ -149,11 +153,17 @@ def _gguf(model: str | None, content: str, text_name: str, interleaved: bool) ->
         bos=tokenizer.bos,
         num_layers=llama.num_layers,
         longest=None,
-        run=lambda ids, observer: observe_llama(llama, ids, observer, interleaved=interleaved),
+        run=lambda ids, observer: observe_llama(
+            llama, ids, observer, interleaved=interleaved, positions=positions
+        ),
     )
 
 
-def _transformers(model: str, content: str, interleaved: bool) -> _Model:
+def _transformers(model: str, content: str, interleaved: bool, positions: int | None) -> _Model:
+    if positions is not None:
+        raise ContractError(
+            OP, "--positions", expected="a GGUF file", got=model, hint="Use a longer --window."
+        )
     if interleaved:
         raise ContractError(
             OP,

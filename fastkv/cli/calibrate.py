@@ -102,6 +102,10 @@ def calibrate(
             "--interleaved", help="Keep K's channels in GGUF's order, not in split halves."
         ),
     ] = False,
+    positions: Annotated[
+        int | None,
+        typer.Option(min=1, help="Observe K at all positions below this, moved there (GGUF)."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     json_file: JsonFile = None,
     plot: Annotated[
@@ -118,7 +122,8 @@ def calibrate(
     **Examples**
 
     * `fastkv calibrate --format cache_int8 -o scales.safetensors`
-    * `fastkv calibrate --format cache_int4_zp -o scales.safetensors --plot ranges.png`
+    * `fastkv calibrate --format cache_int4_zp -o scales.safetensors --positions 4096
+      --plot ranges.png`
     * `fastkv calibrate --format cache_fp8 --write fastdeploy -o kv_cache_scale.json`
     * `fastkv calibrate --model ./my-model --text book.txt --tokens 0:8192 --format cache_int8
       --granularity channel --method percentile --percentile 99.99 --headroom 1.2 -o s.safetensors`
@@ -135,7 +140,7 @@ def calibrate(
     _check_extras(json_file, plot)
     with _progress() as progress:
         task = progress.add_task("load the model", total=None)
-        source = _load(model, text, tokens, window, interleaved)
+        source = _load(model, text, tokens, window, interleaved, positions)
         progress.update(task, total=source.steps + source.num_layers)
 
         def done(what: str) -> None:
@@ -183,11 +188,16 @@ def _progress() -> Progress:
 
 
 def _load(
-    model: str | None, text: Path | None, tokens: str | None, window: int, interleaved: bool
+    model: str | None,
+    text: Path | None,
+    tokens: str | None,
+    window: int,
+    interleaved: bool,
+    positions: int | None,
 ) -> "Source":
     from fastkv.calibrate.source import load
 
-    return load(model, text, tokens, window, interleaved=interleaved)
+    return load(model, text, tokens, window, interleaved=interleaved, positions=positions)
 
 
 def _run(job: _Job, source: "Source", done: Callable[[str], None]) -> _Result:

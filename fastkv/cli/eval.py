@@ -54,6 +54,9 @@ def evaluate(
     k_power: Annotated[
         int, typer.Option(help="p of the mean |error|^p that `mse` minimizes in K.")
     ] = 2,
+    positions: Annotated[
+        int | None, typer.Option(min=1, help="Calibrate K at all positions below this.")
+    ] = None,
     headroom: Annotated[float, typer.Option(help="Factor on the calibrated ranges.")] = 1.0,
     backend: Annotated[
         str, typer.Option(help="append reads every K and V from the cache, the newest too.")
@@ -84,7 +87,7 @@ def evaluate(
     require_folder(plot)
     asked = _formats(formats), _score(score, tokens), calibrate
     recipe = _recipe(method, headroom, percentile, weights, k_power)
-    settings = _settings(*asked, granularity, recipe, backend, dtype, chunk)
+    settings = _settings(*asked, granularity, recipe, positions, backend, dtype, chunk)
     if plot is not None:
         from fastkv.eval.plot import require_matplotlib
 
@@ -133,6 +136,7 @@ def _settings(
     calibrate: str,
     granularity: str | None,
     recipe: "Recipe",
+    positions: int | None,
     backend: str,
     dtype: str,
     chunk: int,
@@ -154,6 +158,7 @@ def _settings(
         backend=backend,
         granularity=None if granularity is None else Granularity(granularity),
         recipe=recipe,
+        positions=positions,
         dtype=CacheSpec(1, 1, 2, 1, dtype=dtype).dtype,
         chunk=chunk,
     )
@@ -253,6 +258,7 @@ def _document(
         "score": str(settings.score),
         "calibrate": str(settings.calibrate),
         **asdict(settings.recipe),
+        "positions": settings.positions,
         "backend": settings.backend,
         "chunk": settings.chunk,
         "float32_perplexity": measured.perplexity,

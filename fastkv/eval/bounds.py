@@ -58,6 +58,7 @@ def bounds_for(settings: Settings) -> Bounds | None:
         and settings.backend == "append"
         and settings.dtype == "float32"
         and settings.recipe == Recipe()
+        and settings.positions is None
         and all(settings.layout(q) in (*q.granularities[:1], None) for q in settings.formats)
     )
     return BOUNDS.get(settings.score) if as_documented else None

@@ -40,6 +40,7 @@ class Settings:
         backend: which backend attends.
         granularity: layout of static multipliers, for formats with a choice; None takes each
             format's preferred one.
+        positions: calibrate K at all positions below this, see `observe_llama`.
         recipe: how static scales come from what was observed.
         dtype: what `none` stores.
         chunk: tokens of a step.
@@ -50,6 +51,7 @@ class Settings:
     calibrate: Span
     backend: str = "append"
     granularity: Granularity | None = None
+    positions: int | None = None
     recipe: Recipe = Recipe()  # noqa: RUF009 - frozen
     dtype: str = _EXACT_DTYPE
     chunk: int = 256
@@ -148,7 +150,8 @@ class Evaluation:
         """Static scales from K (after RoPE) and V of the calibration text, one sequence."""
         recipe = self.settings.recipe
         observer = Observer(self.model.num_layers, recipe.by_attention, lambda _: done("calibrate"))
-        observe_llama(self.model, [self._calibrated], observer)
+        positions = self.settings.positions
+        observe_llama(self.model, [self._calibrated], observer, positions=positions)
         found = {}
         for quant in self.settings.formats:
             if not quant.needs_static:
