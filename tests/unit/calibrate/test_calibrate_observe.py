@@ -24,8 +24,8 @@ class Kept(Observer):
         super().__init__(*args, **options)
         self.seen = {}
 
-    def add(self, layer, q, k, v, scale, window=None):
-        super().add(layer, q, k, v, scale, window)
+    def add(self, layer, q, k, v, scale, window=None, later=()):
+        super().add(layer, q, k, v, scale, window, later)
         self.seen.setdefault(layer, []).append((q, k, v, scale))
 
 
