@@ -94,3 +94,13 @@ def test_a_constant_channel_is_one_bin(value):
     at = histogram.mass[0].argmax()
     edge = histogram.start[0] + at * histogram.width[0]
     assert edge <= x[0, 0] < edge + histogram.width[0]
+
+
+def test_a_bins_mass_is_spread_evenly():
+    x = stream(np.random.default_rng())
+    histogram = fill(x, np.ones_like(x), 32, [])
+    at = histogram.mass.argmax(axis=1)
+    for share in (0.25, 0.5):
+        before = np.array([m[:i].sum() for m, i in zip(histogram.mass, at, strict=True)])
+        found = histogram.below(histogram.start + (at + share) * histogram.width)
+        np.testing.assert_allclose(found, before + share * histogram.mass.max(axis=1))
