@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fastkv import __version__
-from fastkv.cli import demo, doctor, plan, select, warmup
+from fastkv.cli import calibrate, demo, doctor, plan, select, warmup
 from fastkv.cli import eval as evaluation
 from fastkv.errors import FastKVError, SelectionError
 
@@ -39,6 +39,7 @@ def root(
     """The KV-cache layer that attention backends import."""
 
 
+app.command()(calibrate.calibrate)
 app.command()(demo.demo)
 app.command()(doctor.doctor)
 app.command("eval")(evaluation.evaluate)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastkv eval`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from fastkv.errors import ContractError, unknown_name
 from fastkv.quant import QUANT_SPECS, Granularity, QuantSpec, quant_spec
 
 if TYPE_CHECKING:
+    from fastkv.calibrate.methods import Recipe
     from fastkv.eval.bounds import Bounds
     from fastkv.eval.measure import Settings, Table
     from fastkv.eval.source import Source
@@ -42,6 +44,19 @@ def evaluate(
         str | None,
         typer.Option(help="head or channel, for the formats that have a choice of scales."),
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="Of calibration: minmax, percentile or mse.")
+    ] = "minmax",
+    percentile: Annotated[float, typer.Option(help="Per cent that `percentile` covers.")] = 99.9,
+    weights: Annotated[
+        str, typer.Option(help="Of each calibration token: uniform or attention.")
+    ] = "uniform",
+    k_power: Annotated[
+        int, typer.Option(help="p of the mean |error|^p that `mse` minimizes in K.")
+    ] = 2,
+    positions: Annotated[
+        int | None, typer.Option(min=1, help="Calibrate K at all positions below this.")
+    ] = None,
     headroom: Annotated[float, typer.Option(help="Factor on the calibrated ranges.")] = 1.0,
     backend: Annotated[
         str, typer.Option(help="append reads every K and V from the cache, the newest too.")
@@ -64,13 +79,15 @@ def evaluate(
 
     * `fastkv eval`
     * `fastkv eval --tokens 256 --formats cache_int8,cache_fp8`
+    * `fastkv eval --formats cache_int4_zp --method mse --weights attention --k-power 3`
     * `fastkv eval --json rows.json --plot kl.png`
     * `fastkv eval --model llama.gguf --text book.txt --score 0:1024 --calibrate 4096:6144`
     """
     require_folder(json_file)
     require_folder(plot)
     asked = _formats(formats), _score(score, tokens), calibrate
-    settings = _settings(*asked, granularity, headroom, backend, dtype, chunk)
+    recipe = _recipe(method, headroom, percentile, weights, k_power)
+    settings = _settings(*asked, granularity, recipe, positions, backend, dtype, chunk)
     if plot is not None:
         from fastkv.eval.plot import require_matplotlib
 
@@ -105,12 +122,21 @@ def _score(score: str | None, tokens: int | None) -> str:
     return (score or "0:3072") if tokens is None else f"0:{tokens}"
 
 
+def _recipe(
+    method: str, headroom: float, percentile: float, weights: str, k_power: int
+) -> "Recipe":
+    from fastkv.calibrate.methods import Recipe
+
+    return Recipe(method, headroom, percentile, weights, k_power)
+
+
 def _settings(
     formats: tuple[QuantSpec, ...],
     score: str,
     calibrate: str,
     granularity: str | None,
-    headroom: float,
+    recipe: "Recipe",
+    positions: int | None,
     backend: str,
     dtype: str,
     chunk: int,
@@ -121,8 +147,6 @@ def _settings(
         raise unknown_name(_OP, "--granularity", granularity, layouts)
     if backend not in BACKEND_NAMES:
         raise unknown_name(_OP, "--backend", backend, BACKEND_NAMES)
-    if not 0 < headroom < float("inf"):
-        raise ContractError(_OP, "--headroom", expected="finite and > 0", got=repr(headroom))
     from fastkv.eval.measure import Settings
     from fastkv.eval.text import Span
     from fastkv.spec import CacheSpec
@@ -133,7 +157,8 @@ def _settings(
         calibrate=Span.parse(calibrate, "--calibrate"),
         backend=backend,
         granularity=None if granularity is None else Granularity(granularity),
-        headroom=headroom,
+        recipe=recipe,
+        positions=positions,
         dtype=CacheSpec(1, 1, 2, 1, dtype=dtype).dtype,
         chunk=chunk,
     )
@@ -213,7 +238,8 @@ def _show(
     out.print(made)
     out.print(
         f"KL and top-1 against a float32 cache (perplexity {measured.perplexity:.3f}); static "
-        f"scales from tokens {settings.calibrate}; backend {settings.backend}."
+        f"scales from tokens {settings.calibrate} ({settings.recipe.describe()}); "
+        f"backend {settings.backend}."
     )
     for line in missed:
         out.print(f"MISSED: {line}", style="red")
@@ -231,7 +257,8 @@ def _document(
         "text_sha256": source.text_sha256,
         "score": str(settings.score),
         "calibrate": str(settings.calibrate),
-        "headroom": settings.headroom,
+        **asdict(settings.recipe),
+        "positions": settings.positions,
         "backend": settings.backend,
         "chunk": settings.chunk,
         "float32_perplexity": measured.perplexity,

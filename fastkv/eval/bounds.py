@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from fastkv.calibrate.methods import Recipe
 from fastkv.eval.measure import Settings, Table
 from fastkv.eval.text import Span
 from fastkv.quant import QuantType
@@ -56,7 +57,8 @@ def bounds_for(settings: Settings) -> Bounds | None:
         settings.calibrate == CALIBRATION
         and settings.backend == "append"
         and settings.dtype == "float32"
-        and settings.headroom == 1
+        and settings.recipe == Recipe()
+        and settings.positions is None
         and all(settings.layout(q) in (*q.granularities[:1], None) for q in settings.formats)
     )
     return BOUNDS.get(settings.score) if as_documented else None

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastkv.calibrate.gguf import observe_llama
+from fastkv.calibrate.methods import Recipe
+from fastkv.calibrate.observe import Observer
 from fastkv.eval.gguf_llama import Llama
 from fastkv.eval.score import Score
 from fastkv.eval.serve import Session, eval_spec
 from fastkv.eval.text import Span
 from fastkv.quant import Granularity, QuantSpec
 from fastkv.scales import StaticScales
-from fastkv.scales.calibration import calibrate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,7 +40,8 @@ class Settings:
         backend: which backend attends.
         granularity: layout of static multipliers, for formats with a choice; None takes each
             format's preferred one.
-        headroom: of the calibration, see `fastkv.scales.calibration.calibrate`.
+        positions: calibrate K at all positions below this, see `observe_llama`.
+        recipe: how static scales come from what was observed.
         dtype: what `none` stores.
         chunk: tokens of a step.
     """
@@ -48,7 +51,8 @@ class Settings:
     calibrate: Span
     backend: str = "append"
     granularity: Granularity | None = None
-    headroom: float = 1.0
+    positions: int | None = None
+    recipe: Recipe = Recipe()  # noqa: RUF009 - frozen
     dtype: str = _EXACT_DTYPE
     chunk: int = 256
 
@@ -134,7 +138,7 @@ class Evaluation:
     def steps(self) -> int:
         """How often `run` calls `done`."""
         sessions = 1 + sum(not self.settings.is_exact(quant) for quant in self.settings.formats)
-        calibration = len(self._chunks(self._calibrated)) if self.calibrates else 0
+        calibration = self.model.num_layers if self.calibrates else 0
         return calibration + sessions * len(self._chunks(self._scored))
 
     def run(self, done: Callable[[str], None] = lambda _: None) -> Table:
@@ -143,20 +147,18 @@ class Evaluation:
         return self.scored(scales, done)
 
     def calibrated(self, done: Callable[[str], None] = lambda _: None) -> ScalesByFormat:
-        """Static scales from K (after RoPE) and V over a float32 cache of the calibration text."""
-        session = self._session(None, {})
-        for chunk in self._chunks(self._calibrated):
-            session.hidden(self._calibrated[chunk])
-            done("calibrate")
-        formats = [quant for quant in self.settings.formats if quant.needs_static]
-        found: dict[QuantSpec, dict[int, StaticScales]] = {quant: {} for quant in formats}
-        for layer in range(self.model.num_layers):
-            k, v = session.kept(layer)
-            for quant in formats:
-                layout, headroom = self.settings.layout(quant), self.settings.headroom
-                scales = calibrate(k, v, quant, granularity=layout, headroom=headroom)
+        """Static scales from K (after RoPE) and V of the calibration text, one sequence."""
+        recipe = self.settings.recipe
+        observer = Observer(self.model.num_layers, recipe.by_attention, lambda _: done("calibrate"))
+        positions = self.settings.positions
+        observe_llama(self.model, [self._calibrated], observer, positions=positions)
+        found = {}
+        for quant in self.settings.formats:
+            if not quant.needs_static:
+                continue
+            found[quant] = observer.scales(quant, self.settings.layout(quant), recipe)
+            for layer, scales in found[quant].items():
                 scales.validate(eval_spec(self.model, quant.name), layer)
-                found[quant][layer] = scales
         return found
 
     def scored(self, scales: ScalesByFormat, done: Callable[[str], None] = lambda _: None) -> Table:

@@ -41,7 +41,7 @@ def from_amax(k_amax: Any, v_amax: Any, quant: object) -> StaticScales:
             got=row.name.value,
             hint="Use StaticScales.from_minmax.",
         )
-    return StaticScales(*_symmetric(k_amax, row), *_symmetric(v_amax, row))
+    return StaticScales(*symmetric(k_amax, row), *symmetric(v_amax, row))
 
 
 def from_minmax(k_min: Any, k_max: Any, v_min: Any, v_max: Any, quant: object) -> StaticScales:
@@ -49,8 +49,8 @@ def from_minmax(k_min: Any, k_max: Any, v_min: Any, v_max: Any, quant: object) -
     row = _static_row("StaticScales.from_minmax", quant)
     if not row.needs_zp:
         return from_amax(_amax(k_min, k_max, row), _amax(v_min, v_max, row), quant)
-    k_quant, k_dequant, k_zp = _asymmetric(k_min, k_max, row)
-    v_quant, v_dequant, v_zp = _asymmetric(v_min, v_max, row)
+    k_quant, k_dequant, k_zp = asymmetric(k_min, k_max, row)
+    v_quant, v_dequant, v_zp = asymmetric(v_min, v_max, row)
     return StaticScales(k_quant, k_dequant, v_quant, v_dequant, k_zp, v_zp)
 
 
@@ -72,7 +72,8 @@ def _amax(low: Any, high: Any, row: QuantSpec) -> "F32":
     return amax.max(axis=-1) if row.granularities[0] is Granularity.HEAD else amax
 
 
-def _symmetric(amax: Any, row: QuantSpec) -> "tuple[F32, F32]":
+def symmetric(amax: Any, row: QuantSpec) -> "tuple[F32, F32]":
+    """Quant and dequant multipliers of one side from its largest magnitudes."""
     assert row.bound is not None, "a static format has a bound"
     observed = _float32(amax)
     _require("from_amax", "amax", np.isfinite(observed) & (observed >= 0), "finite and >= 0")
@@ -83,7 +84,8 @@ def _symmetric(amax: Any, row: QuantSpec) -> "tuple[F32, F32]":
     return _float32(bound / top), _float32(top / bound)
 
 
-def _asymmetric(low: Any, high: Any, row: QuantSpec) -> "tuple[F32, F32, F32]":
+def asymmetric(low: Any, high: Any, row: QuantSpec) -> "tuple[F32, F32, F32]":
+    """Quant and dequant multipliers and zero points of one side from its ranges."""
     assert row.code_min is not None, "a format with zero points has codes"
     assert row.code_max is not None, "a format with zero points has codes"
     bottom, top = _range(low, high)

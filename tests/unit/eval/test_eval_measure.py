@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fastkv.calibrate.methods import Recipe
 from fastkv.eval.bounds import BOUNDS, bounds_for, missed
 from fastkv.eval.measure import Evaluation, Row, Settings, Table
 from fastkv.eval.text import Span
@@ -96,7 +97,7 @@ def test_granularity_and_headroom_reach_the_formats_that_have_them(model, ids):
     by_channel = Evaluation(model, ids, settings).calibrated()
     assert by_channel[formats[0]][1].k_dequant.shape == (2, 16)
     assert by_channel[formats[1]][1].k_dequant.shape == (2,)
-    wide = Evaluation(model, ids, replace(settings, headroom=2.0)).calibrated()
+    wide = Evaluation(model, ids, replace(settings, recipe=Recipe(headroom=2.0))).calibrated()
     for quant in formats:
         doubled = 2 * by_channel[quant][1].k_dequant
         np.testing.assert_allclose(wide[quant][1].k_dequant, doubled, rtol=1e-6)
@@ -174,7 +175,8 @@ def test_bounds_hold_for_the_documented_settings_only():
         {"calibrate": Span(0, 2048)},
         {"backend": "flash"},
         {"dtype": "bfloat16"},
-        {"headroom": 1.1},
+        {"recipe": Recipe(headroom=1.1)},
+        {"recipe": Recipe("mse")},
         {"granularity": Granularity.CHANNEL},
     ):
         assert bounds_for(replace(DOCUMENTED, **change)) is None, change
