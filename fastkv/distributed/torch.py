@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups of torch.distributed: gloo, NCCL, and what else gathers into one tensor."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class TorchGroup:
+    """A `Group` over a ProcessGroup."""
+
+    def __init__(self, group: Any, timeout: float | None) -> None:
+        self.rank: int = dist.get_rank(group)
+        self.size: int = dist.get_world_size(group) if self.rank >= 0 else 0
+        self._group = group
+        self._timeout = None if timeout is None else timedelta(seconds=timeout)
+
+    def all_gather(self, message: Any, *, blocking: bool) -> Sequence[Any]:
+        """See `Group`."""
+        gathered = torch.empty(
+            self.size * message.numel(), dtype=message.dtype, device=message.device
+        )
+        work = dist.all_gather_into_tensor(gathered, message, group=self._group, async_op=True)
+        # On NCCL, a wait with a timeout blocks the host, and one without only the stream; there
+        # the group's watchdog keeps the time.
+        if self._timeout is not None and (blocking or message.device.type == "cpu"):
+            work.wait(self._timeout)
+        else:
+            work.wait()
+        parts: Sequence[Any] = gathered.view(self.size, -1).unbind(0)
+        return parts
+
+
+adapt = TorchGroup
