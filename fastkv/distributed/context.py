@@ -84,9 +84,9 @@ class Step:
         self._batch = (sums, cached, table)
         self._mask = mask
         self._local = Local(context.placement, *self._batch, mask, infos)
-        self._checksum = 0
+        self._lengths: Call = {}
         if infos[0].device == "cpu":
-            self._checksum = _checksum(sums, cached)
+            self._lengths = {"checksum of the lengths": _checksum(sums, cached)}
 
     def rope_write_kv(self, qkv: Any, cache: "LayerCache", **options: Any) -> Any:
         """Write those of the new tokens' K and V that are this rank's, and return all rotated Q.
@@ -160,7 +160,7 @@ class Step:
             return_lse=True,
         )
         call = _call(cache, sizes, info.dtype, (causal, window, scale, soft_cap), sinks, self._mask)
-        states = self._context.exchange.gather(call, (out, lse), self._checksum)
+        states = self._context.exchange.gather(call | self._lengths, (out, lse))
         out, lse = states[0]
         for state in states[1:]:
             out, lse = ops.merge_states(out, lse, *state)

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """One message a call between all ranks, and what finds ranks that make different calls.
 
-Before the first message of a kind, ranks exchange what they are about to do: 512 bytes of text,
-whatever the call, so that a disagreement is found where a message of the wrong size would hang. On
-the CPU every message begins with 16 bytes as well: a digest of the call and a checksum of the
-batch's lengths. On a GPU nobody could read them without waiting for the device.
+Messages of different sizes hang, or end the process. So ranks first compare 16 bytes, whatever the
+call: a digest of it, on the CPU with the batch's lengths in it. Where they differ, the ranks exchange
+the calls as text, say what differs and send no more. On the CPU they compare before every message, on
+a GPU once a kind of call, as the host waits for it.
 """
 
 import json
 from collections.abc import Sequence
 from hashlib import blake2b
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,14 +22,11 @@ from fastkv.distributed.groups import Group
 from fastkv.dtypes import ITEMSIZE
 from fastkv.errors import CollectiveError, RankMismatchError
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 Call = dict[str, Any]  # of strings, numbers, booleans and None, always in the same order
 
 TEXT = 512
 ALIGNED = 16  # bytes: what the kernels ask of a pointer
-_DIGEST = 12
+_DIGEST = 16
 
 
 class Exchange:
@@ -37,15 +34,14 @@ class Exchange:
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        self._known: dict[str, bytes] = {}
+        self._known: set[str] = set()
 
-    def gather(self, call: Call, parts: Sequence[Any], lengths: int = 0) -> list[list[Any]]:
+    def gather(self, call: Call, parts: Sequence[Any]) -> list[list[Any]]:
         """All ranks' tensors, in the order of ranks, by one message.
 
         Args:
             call: what this is; its `op` names it in errors. The same on all ranks.
             parts: tensors of one dtype, of the same shapes on all ranks.
-            lengths: a checksum of what the ranks must agree on and no shape shows.
 
         Raises:
             RankMismatchError: the ranks make different calls.
@@ -54,24 +50,28 @@ class Exchange:
         if self.group.size == 1:
             return [list(parts)]
         info = arrays.describe(parts[0])
-        digest = self._agreed(call, info)
-        head = digest + lengths.to_bytes(4, "little") if info.device == "cpu" else b""
-        found = self._all_gather(call["op"], _pack(head, parts, info), blocking=False)
-        if head:
-            self._check_heads(call, head, [_head_of(message) for message in found])
-        skip = len(head) // ITEMSIZE[info.dtype]
-        return [_unpack(message, skip, parts) for message in found]
+        self._agree(call, info)
+        found = self._all_gather(call["op"], _pack(parts, info), blocking=False)
+        return [_unpack(message, parts) for message in found]
 
-    def _agreed(self, call: Call, info: ArrayInfo) -> bytes:
-        """The digest of a call that all ranks make; asks them once."""
+    def _agree(self, call: Call, info: ArrayInfo) -> None:
         text = json.dumps(call)
-        digest = self._known.get(text)
-        if digest is None:
-            message = arrays.from_host(_encode(text), info.library, info.device)
-            found = self._all_gather(call["op"], message, blocking=True)
-            self._check_calls(call, [_decode(each) for each in found])
-            digest = self._known[text] = blake2b(text.encode(), digest_size=_DIGEST).digest()
-        return digest
+        if text in self._known:
+            return
+        digest = blake2b(text.encode(), digest_size=_DIGEST).digest()
+        if len(set(self._all_bytes(call["op"], digest, info))) > 1:
+            raw = self._all_bytes(call["op"], text.encode().ljust(TEXT), info)
+            raise self._mismatch([json.loads(each) for each in raw])
+        if info.device != "cpu":
+            self._known.add(text)
+
+    def _all_bytes(self, op: str, raw: bytes, info: ArrayInfo) -> list[bytes]:
+        """All ranks' bytes, on the host; as int64, which every library's groups take."""
+        assert len(raw) in (_DIGEST, TEXT), "the size says nothing of the call"
+        words = np.frombuffer(bytearray(raw), np.int64)
+        message = arrays.from_host(words, info.library, info.device)
+        found = self._all_gather(op, message, blocking=True)
+        return [np.array(each.tolist(), np.int64).tobytes() for each in found]
 
     def _all_gather(self, op: str, message: Any, *, blocking: bool) -> Sequence[Any]:
         try:
@@ -80,68 +80,27 @@ class Exchange:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CollectiveError(op, self.group.rank, self.group.size, reason) from error
 
-    def _check_calls(self, call: Call, found: list[Call | None]) -> None:
-        """Compare all ranks with the first, so that all raise the same."""
-        first = found[0]
-        for rank, other in enumerate(found):
-            if other != first or other is None:
-                raise self._mismatch(call, *_difference(first, other), rank)
-
-    def _check_heads(self, call: Call, own: bytes, heads: list[bytes]) -> None:
-        for rank, head in enumerate(heads):
-            if head == own:
-                continue
-            same_call = head[:_DIGEST] == own[:_DIGEST]
-            what = "other cu_seqlens_q or cache_seqlens" if same_call else "another call"
-            raise self._mismatch(call, _spell(call), what, rank)
-
-    def _mismatch(self, call: Call, expected: str, got: str, rank: int) -> RankMismatchError:
+    def _mismatch(self, found: list[Call]) -> RankMismatchError:
+        """Compares all ranks with the first, so that all raise the same."""
+        rank, other = next((r, call) for r, call in enumerate(found) if call != found[0])
+        names = [name for name in {**found[0], **other} if found[0].get(name) != other.get(name)]
+        wanted, came = (
+            ", ".join(f"{name} = {call.get(name)}" for name in names) for call in (found[0], other)
+        )
         return RankMismatchError(
-            call["op"],
+            found[0]["op"],
             f"the call of rank {rank}",
-            format=call.get("format"),
-            expected=expected,
-            got=got,
+            format=found[0].get("format"),
+            expected=f"{wanted} as on rank 0",
+            got=came,
             hint=f"This is rank {self.group.rank} of {self.group.size}.",
         )
 
 
-def _difference(first: Call | None, other: Call | None) -> tuple[str, str]:
-    """What differs, as expected and got."""
-    if first is None or other is None:
-        return "the text of a call", "another message: the ranks are at different steps"
-    names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
-    wanted, came = ({name: call.get(name) for name in names} for call in (first, other))
-    return f"{_spell(wanted)} as on rank 0", _spell(came)
-
-
-def _spell(call: Call) -> str:
-    return ", ".join(f"{name} = {value}" for name, value in call.items())
-
-
-def _encode(text: str) -> "NDArray[np.int64]":
-    raw = text.encode()
-    assert len(raw) <= TEXT, "calls are short"
-    return np.frombuffer(bytearray(raw.ljust(TEXT)), np.int64)
-
-
-def _decode(message: Any) -> Call | None:
-    raw = np.array(message.tolist(), np.int64).tobytes()
-    try:
-        call = json.loads(raw)
-    except ValueError:
-        return None
-    return call if isinstance(call, dict) else None
-
-
-def _pack(head: bytes, parts: Sequence[Any], info: ArrayInfo) -> Any:
-    size = ITEMSIZE[info.dtype]
-    length = len(head) // size + sum(prod(part.shape) for part in parts)
-    step = ALIGNED // size
+def _pack(parts: Sequence[Any], info: ArrayInfo) -> Any:
+    length, step = sum(prod(part.shape) for part in parts), ALIGNED // ITEMSIZE[info.dtype]
     message = tensors.empty(info, (max(1, -(-length // step)) * step,), info.dtype)
-    at = len(head) // size
-    if head:
-        _bytes_of(message)[: len(head)] = np.frombuffer(head, np.uint8)
+    at = 0
     for part in parts:
         count = prod(part.shape)
         message[at : at + count] = part.reshape([-1])
@@ -149,18 +108,10 @@ def _pack(head: bytes, parts: Sequence[Any], info: ArrayInfo) -> Any:
     return message
 
 
-def _unpack(message: Any, at: int, parts: Sequence[Any]) -> list[Any]:
-    found = []
+def _unpack(message: Any, parts: Sequence[Any]) -> list[Any]:
+    found, at = [], 0
     for part in parts:
         count = prod(part.shape)
         found.append(message[at : at + count].reshape(list(part.shape)))
         at += count
     return found
-
-
-def _bytes_of(message: Any) -> "NDArray[np.uint8]":
-    return arrays.to_host(message).view(np.uint8)
-
-
-def _head_of(message: Any) -> bytes:
-    return _bytes_of(message)[: _DIGEST + 4].tobytes()

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# The second is the first's name before PyTorch 2.13.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class TorchGroup:
     """A `Group` over a ProcessGroup."""
@@ -23,7 +26,7 @@ class TorchGroup:
         gathered = torch.empty(
             self.size * message.numel(), dtype=message.dtype, device=message.device
         )
-        work = dist.all_gather_into_tensor(gathered, message, group=self._group, async_op=True)
+        work = _gather(gathered, message, group=self._group, async_op=True)
         # On NCCL, a wait with a timeout blocks the host, and one without only the stream; there
         # the group's watchdog keeps the time.
         if self._timeout is not None and (blocking or message.device.type == "cpu"):

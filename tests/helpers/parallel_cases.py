@@ -7,7 +7,7 @@ import numpy as np
 
 from fastkv import arrays, ops
 from helpers import oracle
-from helpers.batches import FORMATS, floats, make_batch, poison, tensors_of
+from helpers.batches import FORMATS, make_batch, poison, tensors_of
 
 P = 16
 # Nothing cached; ends exactly at a page, at a turn of 2 and of 4 ranks; one page; no rows at all.
