@@ -2,9 +2,9 @@
 """One message a call between all ranks, and what finds ranks that make different calls.
 
 Messages of different sizes hang, or end the process. So ranks first compare 16 bytes, whatever the
-call: a digest of it, on the CPU with the batch's lengths in it. Where they differ, the ranks exchange
-the calls as text, say what differs and send no more. On the CPU they compare before every message, on
-a GPU once a kind of call, as the host waits for it.
+call: a digest of it, on the CPU with the batch's lengths in it. Where they differ, the ranks
+exchange the calls as text, say what differs and send no more. On the CPU they compare before every
+message, on a GPU once a kind of call, as the host waits for it.
 """
 
 import json

@@ -59,7 +59,8 @@ def group_of(group: Any, timeout: float | None = None) -> Group:
     raise DtypeError(
         "group_of",
         "group",
-        expected="a process group of torch.distributed or paddle.distributed, or a Group",
+        expected="a process group of torch.distributed or paddle.distributed that this process "
+        "belongs to, or a Group",
         got=type(group).__qualname__,
     )
 
