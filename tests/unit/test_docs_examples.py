@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Needs transformers: tests/integration/transformers runs it.
-ELSEWHERE = {"transformers.md"}
+# What needs transformers, or ranks: tests/integration/transformers and …/torch run it.
+ELSEWHERE = {"transformers.md", "distributed.md"}
 DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name not in ELSEWHERE)
 PAGES = [ROOT / "README.md", *DOCS]
 
