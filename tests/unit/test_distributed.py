@@ -188,5 +188,5 @@ def test_the_error_of_a_message_survives_pickling():
 
 
 def test_no_array_library_is_imported(run_python):
-    code = "import sys, fastkv.distributed; assert not {'numpy', 'torch', 'paddle'} & set(sys.modules)"
-    run_python(code)
+    libraries = {"numpy", "torch", "paddle"}
+    run_python(f"import sys, fastkv.distributed; assert not {libraries} & set(sys.modules)")
