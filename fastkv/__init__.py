@@ -22,6 +22,7 @@ _PUBLIC = {
     "Rope": "fastkv.rope",
     "StaticScales": "fastkv.scales",
     "backends": "fastkv.backends",
+    "distributed": "fastkv.distributed",
     "errors": "fastkv.errors",
     "ops": "fastkv.ops",
     "testing": "fastkv.testing",
@@ -38,6 +39,7 @@ __all__ = [
     "StaticScales",
     "__version__",
     "backends",
+    "distributed",
     "errors",
     "ops",
     "testing",
@@ -45,7 +47,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fastkv import backends, errors, ops, testing
+    from fastkv import backends, distributed, errors, ops, testing
     from fastkv.batch import BatchMeta
     from fastkv.cache import LayerCache
     from fastkv.quant import QuantSpec, QuantType

@@ -112,6 +112,31 @@ class UnknownNameError(ContractError):
     """A format or backend name that nobody knows; the text lists the known ones."""
 
 
+class RankMismatchError(ContractError):
+    """Ranks of a group make different calls; every rank raises it, and nothing was merged."""
+
+
+class CollectiveError(FastKVError, RuntimeError):
+    """A message between ranks did not arrive: a rank is gone, or the deadline has passed.
+
+    Args:
+        op: what needed the message.
+        rank: this process's rank in the group.
+        size: ranks of the group.
+        reason: what the communication library said.
+    """
+
+    def __init__(self, op: str, rank: int, size: int, reason: str) -> None:
+        self.op = op
+        self.rank = rank
+        self.size = size
+        self.reason = reason
+        super().__init__(f"{op}: rank {rank} of {size} did not get all ranks' messages: {reason}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.op, self.rank, self.size, self.reason))
+
+
 class SelectionError(FastKVError, ValueError):
     """No backend serves the request.
 
