@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = (
     "fastkv",
     "fastkv.backends",
+    "fastkv.distributed",
     "fastkv.errors",
     "fastkv.integrations.fastdeploy",
     "fastkv.integrations.torch",
