@@ -143,6 +143,8 @@ def test_heads_that_cannot_be_shared_out_are_refused():
     for heads in (0, 6, 10, 4.0):
         with pytest.raises(SpecError, match="a multiple of the 4 KV heads and of the 4 ranks"):
             TensorParallel(group, CacheSpec(1, 4, 64, 16), heads)
+    with pytest.raises(SpecError, match="and of the 4 ranks"):
+        TensorParallel(group, CacheSpec(1, 2, 64, 16), 6)
     with pytest.raises(SpecError, match="tp_size"):
         TensorParallel(group, CacheSpec(1, 3, 64, 16), 12)
     parallel = TensorParallel(group, CacheSpec(1, 2, 64, 16), 8)
@@ -150,6 +152,15 @@ def test_heads_that_cannot_be_shared_out_are_refused():
     assert parallel.columns() == (slice(128, 256), slice(512, 576), slice(640, 704))
     with pytest.raises(ShapeError, match="out"):
         parallel.all_gather(np.ones((3, 4, 64), np.float32))
+
+
+def test_heads_come_together_in_order():
+    def work(group):
+        out = np.full((3, 2, 16), group.rank, np.float32)
+        return TensorParallel(group, CacheSpec(1, 2, 16, 4), 4).all_gather(out)
+
+    for whole in on_ranks(2, work):
+        assert whole[:, :, 0].tolist() == [[0, 0, 1, 1]] * 3
 
 
 def test_a_wrong_batch_is_refused():
