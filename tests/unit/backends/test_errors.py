@@ -9,6 +9,7 @@ import pytest
 
 from fastkv import errors
 from fastkv.errors import (
+    CollectiveError,
     ContractError,
     FastKVError,
     MissingDependencyError,
@@ -29,6 +30,7 @@ BUILT_IN = {
     "UnsupportedError": NotImplementedError,
     "MissingDependencyError": ImportError,
     "SelectionError": ValueError,
+    "CollectiveError": RuntimeError,
     "MissingTensorError": ValueError,
 }
 
@@ -40,6 +42,8 @@ def one_of(cls):
         return cls("'auto' on cpu", [("append", "no a; no b"), ("flash", "no c")])
     if cls is MissingDependencyError:
         return cls("A torch tensor", "torch", "pip install 'fastkv[torch]'")
+    if cls is CollectiveError:
+        return cls("merge", 1, 2, "timed out")
     return cls(
         "gather_kv", "cache.k", expected="a tensor", got="None", format="cache_int8", hint="Do so."
     )
