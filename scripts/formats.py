@@ -20,6 +20,7 @@ from typing import Any
 from fastkv import CacheSpec
 from fastkv.backends.kernels import KERNELS
 from fastkv.quant import QUANT_SPECS, QuantSpec
+from marked_page import number, rewrite, rule, shown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -172,42 +173,13 @@ def words(shape: str) -> str:
     return re.sub(r" P16$", "", shape).replace("x", " × ", 1)
 
 
-def number(us: float) -> str:
-    """Three digits."""
-    return f"{us:.0f}" if us >= 100 else f"{us:.1f}" if us >= 10 else f"{us:.2f}"
-
-
 def line(cells: tuple[str, ...]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def rule(columns: int) -> str:
-    return "|" + "---|" * columns
-
-
-def shown(page: str) -> dict[str, str]:
-    """The blocks as the page has them."""
-    found = {}
-    for name in BLOCKS:
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        assert page.count(begin) == page.count(end) == 1, f"the page has one block {name}"
-        found[name] = page.partition(begin)[2].partition(end)[0].strip()
-    return found
-
-
-def rewrite(page: str, texts: Mapping[str, str]) -> str:
-    """The page with its blocks replaced."""
-    shown(page)  # every block is there once
-    for name, text in texts.items():
-        before, _, rest = page.partition(f"<!-- {name} -->")
-        after = rest.partition(f"<!-- /{name} -->")[2]
-        page = f"{before}<!-- {name} -->\n\n{text}\n\n<!-- /{name} -->{after}"
-    return page
-
-
 def problems(page: str, documents: Mapping[str, Document], picture: Path = PICTURE) -> list[str]:
     """What on the page, or in its picture, is not as the results have it."""
-    there, wanted = shown(page), blocks(documents)
+    there, wanted = shown(page, BLOCKS), blocks(documents)
     found = [
         f"docs/choosing_a_format.md: block {name} is not what the results say ({AGAIN})"
         for name in BLOCKS

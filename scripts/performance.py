@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkv.ops.cuda.jit import source_digest
+from marked_page import number, rewrite, rule, shown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,11 +80,6 @@ def runs(documents: Mapping[str, Document]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     commands = "\n".join(f"{document['command']}" for document in documents.values())
     return "\n".join(lines) + f"\n\n```console\n{commands}\n```"
-
-
-def rule(columns: int) -> str:
-    """The line under a table's head."""
-    return "|" + "---|" * columns
 
 
 def table(document: Document) -> str:
@@ -168,40 +164,10 @@ def compares_with_low_precision(row: Row) -> bool:
     return str(row["peer"]).startswith("XQA") and row["format"] != "none"
 
 
-def number(us: float) -> str:
-    """Three digits."""
-    return f"{us:.0f}" if us >= 100 else f"{us:.1f}" if us >= 10 else f"{us:.2f}"
-
-
-def shown(page: str) -> dict[str, str]:
-    """The blocks as the page has them."""
-    found = {}
-    for name in BLOCKS:
-        begin, end = markers(name)
-        assert page.count(begin) == page.count(end) == 1, f"the page has one block {name}"
-        found[name] = page.partition(begin)[2].partition(end)[0].strip()
-    return found
-
-
-def markers(name: str) -> tuple[str, str]:
-    """The comments around a block."""
-    return f"<!-- {name} -->", f"<!-- /{name} -->"
-
-
-def rewrite(page: str, texts: Mapping[str, str]) -> str:
-    """The page with its blocks replaced."""
-    shown(page)  # every block is there once
-    for name, text in texts.items():
-        begin, end = markers(name)
-        before, _, rest = page.partition(begin)
-        page = f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
-    return page
-
-
 def problems(page: str, documents: Mapping[str, Document], digest: str) -> list[str]:
     """Why the page and the results do not stand for these sources; none if they do."""
     found = stale(documents, digest)
-    there, wanted = shown(page), blocks(documents)
+    there, wanted = shown(page, BLOCKS), blocks(documents)
     for name in BLOCKS:
         if there[name] != wanted[name]:
             found.append(f"docs/performance.md: block {name} is not what the results say")

