@@ -9,6 +9,7 @@ from fastkv.optional import require
 for _name in ("torch", "transformers"):
     require(_name, "fastkv.integrations.transformers", "pip install 'fastkv[transformers]'")
 
+# E402: what is missing has been named by now, with the line that installs it.
 from fastkv.integrations.transformers.attention import register  # noqa: E402
 from fastkv.integrations.transformers.cache import PagedCache  # noqa: E402
 from fastkv.integrations.transformers.continuous import continuous_batching  # noqa: E402

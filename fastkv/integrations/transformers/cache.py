@@ -52,7 +52,7 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     def __init__(
         self,
-        format: Formats = QuantType.NONE,  # noqa: A002
+        format: Formats = QuantType.NONE,  # noqa: A002 - the public term for a cache format
         *,
         scales: Mapping[int, StaticScales] | None = None,
         page_size: int = 64,
