@@ -14,7 +14,7 @@ class Backend(Protocol):
     one thread calls it, which is not the one that made it.
     """
 
-    def mset(self, items: "Sequence[tuple[bytes, bytes | bytearray | memoryview]]") -> list[bool]:
+    def mset(self, items: Sequence[tuple[bytes, bytes | memoryview]]) -> list[bool]:
         """Keep values under their names; whether each was taken, in order."""
 
     def mget(self, names: Sequence[bytes], limit: int) -> list[bytes | None]:

@@ -42,7 +42,7 @@ class InMemoryBackend:
     def __len__(self) -> int:
         return len(self._values)
 
-    def mset(self, items: "Sequence[tuple[bytes, bytes | bytearray | memoryview]]") -> list[bool]:
+    def mset(self, items: Sequence[tuple[bytes, bytes | memoryview]]) -> list[bool]:
         """Keep copies of values; one larger than the capacity is not taken."""
         with self._lock:
             return [self._set(name, bytes(value)) for name, value in items]

@@ -49,12 +49,11 @@ class RedisBackend:
             decode_responses=False,
         )
 
-    def mset(self, items: "Sequence[tuple[bytes, bytes | bytearray | memoryview]]") -> list[bool]:
+    def mset(self, items: Sequence[tuple[bytes, bytes | memoryview]]) -> list[bool]:
         """Keep values under their names; whether the server took each."""
         pipeline = self._client.pipeline(transaction=False)
         for name, value in items:
-            # redis-py sends a view as it is, and would refuse a bytearray.
-            pipeline.set(name, memoryview(value), **self._expiry)
+            pipeline.set(name, value, **self._expiry)
         return [reply is True for reply in self._execute(pipeline)]
 
     def mget(self, names: Sequence[bytes], limit: int) -> list[bytes | None]:

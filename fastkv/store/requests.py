@@ -14,7 +14,7 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def mset(items: list[tuple[bytes, bytearray]], backend: Backend) -> list[bool]:
+def mset(items: list[tuple[bytes, memoryview]], backend: Backend) -> list[bool]:
     """Keep values; whether each was taken."""
     return _one_each(items, backend.mset(items))
 

@@ -7,16 +7,18 @@ from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
 from fastkv.contracts.numbers import is_finite, is_integer
-from fastkv.errors import BatchValueError, ShapeError, SpecError
-from fastkv.store import requests, value
+from fastkv.errors import ShapeError, SpecError
+from fastkv.store import requests
 from fastkv.store.backend import Backend
 from fastkv.store.channel import Channel, NoAnswerError
 from fastkv.store.counters import Reason, StoreCounters, Tally
 from fastkv.store.keys import require_key
 from fastkv.store.results import PageResults
+from fastkv.store.value import PageFormat
 
 if TYPE_CHECKING:
     from fastkv.transfer import Fingerprint, Regions
+    from fastkv.transfer.regions import Ids
 
 T = TypeVar("T")
 Task = Callable[[Backend], list[T]]
@@ -69,14 +71,14 @@ class PageStore:
             raise SpecError("PageStore", "batch_bytes", expected=expected, got=repr(batch_bytes))
         self._regions = regions
         self._digest = fingerprint.digest
+        self._format = PageFormat(regions, self._digest)
         self._deadline = deadline
-        self._value_bytes = value.HEADER_BYTES + regions.block_bytes
-        self._batch = max(1, batch_bytes // self._value_bytes)
+        self._batch = max(1, batch_bytes // self._format.nbytes)
         self._tally = Tally()
         self._channel = Channel(backend, deadline, cool_down, self._tally)
 
     def put(
-        self, keys: Sequence[bytes], blocks: Sequence[int], *, deadline: float | None = None
+        self, keys: Sequence[bytes], blocks: "Ids", *, deadline: float | None = None
     ) -> PageResults:
         """Keep copies of pages under their keys, over what is there.
 
@@ -84,12 +86,13 @@ class PageStore:
 
         Args:
             keys: of `page_keys`, in any order.
-            blocks: the page id of each key, 0 to N - 1.
+            blocks: the page id of each key, 0 to N - 1; no page twice.
             deadline: seconds; None for the store's own.
 
         Raises:
             ShapeError: not as many keys as blocks.
-            BatchValueError: a key that is none, or a block id out of range.
+            BatchValueError: a key that is none.
+            BlockIdError: a block id that is out of range, or twice.
             SpecError: a deadline that is not above 0.
         """
         items = self._items("PageStore.put", keys, blocks)
@@ -104,14 +107,14 @@ class PageStore:
         count = reasons.count(None)
         self._tally.add(
             kept=count,
-            bytes_written=count * self._value_bytes,
+            bytes_written=count * self._format.nbytes,
             put_seconds=monotonic() - began,
         )
         self._tally.dropped(reasons)
         return PageResults(tuple(reasons))
 
     def get(
-        self, keys: Sequence[bytes], blocks: Sequence[int], *, deadline: float | None = None
+        self, keys: Sequence[bytes], blocks: "Ids", *, deadline: float | None = None
     ) -> PageResults:
         """Fill pages with what the store has under their keys.
 
@@ -125,10 +128,11 @@ class PageStore:
 
         Raises:
             ShapeError: not as many keys as blocks.
-            BatchValueError: a key that is none, a block id out of range or twice.
+            BatchValueError: a key that is none.
+            BlockIdError: a block id that is out of range, or twice.
             SpecError: a deadline that is not above 0.
         """
-        items = self._items("PageStore.get", keys, blocks, distinct=True)
+        items = self._items("PageStore.get", keys, blocks)
         seconds = self._seconds("PageStore.get", deadline)
         began = monotonic()
         reasons: list[Reason | None] = []
@@ -136,7 +140,7 @@ class PageStore:
             for values in self._channel.run(self._gets(items), seconds):
                 here = items[len(reasons) : len(reasons) + self._batch]
                 reasons += [
-                    self._fill(found, key, block)
+                    "absent" if found is None else self._format.open(found, key, block)
                     for (key, block), found in zip(here, values, strict=True)
                 ]
         except NoAnswerError as missing:
@@ -144,7 +148,7 @@ class PageStore:
         count = reasons.count(None)
         self._tally.add(
             hits=count,
-            bytes_read=count * self._value_bytes,
+            bytes_read=count * self._format.nbytes,
             get_seconds=monotonic() - began,
         )
         self._tally.missed(reasons)
@@ -195,11 +199,13 @@ class PageStore:
 
     def _puts(self, items: list[tuple[bytes, int]]) -> Iterator["Task[bool]"]:
         for batch in requests.batches(items, self._batch):
-            sealed = [(self._name(key), self._sealed(key, block)) for key, block in batch]
-            yield partial(requests.mset, sealed)
+            keys = [key for key, _ in batch]
+            values = self._format.seal(keys, [block for _, block in batch])
+            named = [(self._name(key), row.data) for key, row in zip(keys, values, strict=True)]
+            yield partial(requests.mset, named)
 
     def _gets(self, items: list[tuple[bytes, int]]) -> Iterator["Task[bytes | None]"]:
-        limit = self._value_bytes + 1  # one more shows that a value is too long
+        limit = self._format.nbytes + 1  # one more shows that a value is too long
         for batch in requests.batches(items, self._batch):
             yield partial(requests.mget, [self._name(key) for key, _ in batch], limit)
 
@@ -207,46 +213,17 @@ class PageStore:
         for batch in requests.batches(keys, _MATCH_BATCH):
             yield partial(requests.exists, [self._name(key) for key in batch])
 
-    def _sealed(self, key: bytes, block: int) -> bytearray:
-        sealed = bytearray(self._value_bytes)
-        self._regions.read_block(block, memoryview(sealed)[value.HEADER_BYTES :])
-        value.seal(sealed, self._fields(key))
-        return sealed
-
-    def _fill(self, found: bytes | None, key: bytes, block: int) -> Reason | None:
-        """Write a page if a value is what it should be; else why not."""
-        if found is None:
-            return "absent"
-        if not isinstance(found, bytes):
-            return "invalid"
-        reason = value.fault(found, self._fields(key), self._regions.block_bytes)
-        if reason is None:
-            self._regions.write_block(block, value.page_of(found))
-        return reason
-
-    def _fields(self, key: bytes) -> bytes:
-        return value.header(self._digest, key, self._regions.block_bytes)
-
     def _name(self, key: bytes) -> bytes:
         # In hex, so that an operator can list or delete one cache's pages by a pattern.
-        return f"{_PREFIX}:{self._digest.hex()}:{key.hex()}".encode()
+        return f"{_PREFIX}:{self._digest}:{key.hex()}".encode()
 
-    def _items(
-        self, op: str, keys: Sequence[bytes], blocks: Sequence[int], *, distinct: bool = False
-    ) -> list[tuple[bytes, int]]:
-        if len(keys) != len(blocks):
-            raise ShapeError(op, "blocks", expected=f"{len(keys)}, one a key", got=str(len(blocks)))
+    def _items(self, op: str, keys: Sequence[bytes], blocks: "Ids") -> list[tuple[bytes, int]]:
+        ids = self._regions.check_ids(op, "blocks", blocks).tolist()
+        if len(keys) != len(ids):
+            raise ShapeError(op, "blocks", expected=f"{len(keys)}, one a key", got=str(len(ids)))
         for key in keys:
             require_key(op, "keys", key)
-        seen: set[int] = set()
-        for block in blocks:
-            if not is_integer(block) or not 0 <= block < self._regions.num_blocks:
-                expected = f"ids of 0 to {self._regions.num_blocks - 1}"
-                raise BatchValueError(op, "blocks", expected=expected, got=repr(block))
-            if distinct and int(block) in seen:
-                raise BatchValueError(op, "blocks", expected="no id twice", got=repr(block))
-            seen.add(int(block))
-        return [(key, int(block)) for key, block in zip(keys, blocks, strict=True)]
+        return list(zip(keys, ids, strict=True))
 
     def _seconds(self, op: str, deadline: float | None) -> float:
         if deadline is None:
