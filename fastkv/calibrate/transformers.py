@@ -121,7 +121,7 @@ def _place(name: str, op: str) -> tuple[str, dict[str, str]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' progress bars would be written over fastkv's own."""
+    """Without the library's progress bars, which would be written over fastkv's own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -106,8 +106,9 @@ def evaluate(
     """Run a whole model over each cache format, and compare it with a float32 cache.
 
     SmolLM2-135M, or any Llama in a GGUF file, reads a text in NumPy; its attention is fastkv over
-    a paged cache. Models of transformers read it there, and QuantizedCache beside fastkv. Static scales are calibrated on other tokens of the same text. Exits with 1 when
-    the default model misses, on the default text, what the documentation promises.
+    a paged cache. Models of transformers read it there, over QuantizedCache too. Static scales are
+    calibrated on other tokens of the same text. Exits with 1 when the default model misses, on the
+    default text, what the documentation promises.
 
     **Examples**
 

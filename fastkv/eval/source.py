@@ -69,8 +69,11 @@ class Source:
         engine = engine or (NUMPY if gguf else TRANSFORMERS)
         if engine not in ENGINES:
             raise unknown_name(OP, "--engine", engine, ENGINES)
-        path, model_name = find_model(None if model is None else Path(model)) if gguf else (
-            Path(str(model)), str(model))
+        path, model_name = (
+            find_model(None if model is None else Path(model))
+            if gguf
+            else (Path(str(model)), str(model))
+        )
         content, text_name = read_text(text)
         if engine == TRANSFORMERS:
             opened = _transformers(str(path) if gguf else str(model), content)

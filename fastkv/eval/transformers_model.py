@@ -36,6 +36,9 @@ class HuggingFaceModel:
 
     Args:
         loaded: with its head.
+
+    Raises:
+        UnsupportedError: a model without attention.
     """
 
     none_is_exact = False
@@ -45,6 +48,8 @@ class HuggingFaceModel:
 
         self._loaded, self._model = loaded, loaded.model
         self._config = loaded.model.config.get_text_config()
+        if getattr(self._config, "num_attention_heads", None) is None:
+            raise _other_attention(f"{type(loaded.model).__name__}, which has no attention heads")
         self.num_layers = loaded.num_layers
         self._shape = model_shape(self._config)
         _register()
@@ -195,8 +200,9 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    import fastkv.integrations.transformers as _  # registers "fastkv"
+    from fastkv.integrations.transformers import register
 
+    register()
     AttentionInterface.register(PREFILL, exact_prefill)
     AttentionMaskInterface.register(PREFILL, sdpa_mask)
 

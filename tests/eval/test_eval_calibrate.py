@@ -14,7 +14,8 @@ from fastkv.calibrate.observe import Observer
 from fastkv.calibrate.source import load
 from fastkv.eval.bounds import CALIBRATION
 from fastkv.eval.errors import TextError
-from fastkv.eval.measure import Evaluation, Settings
+from fastkv.eval.measure import Evaluation
+from fastkv.eval.settings import Settings
 from fastkv.eval.source import Source
 from fastkv.eval.text import Span
 from fastkv.quant import QUANT_SPECS, Granularity

@@ -13,8 +13,9 @@ from fastkv.eval.bounds import BOUNDS, CALIBRATION, missed
 from fastkv.eval.decoder import logits
 from fastkv.eval.gguf_llama import ModelFile, find_model
 from fastkv.eval.gguf_tokenizer import TextTokenizer
-from fastkv.eval.measure import Evaluation, Settings
+from fastkv.eval.measure import Evaluation
 from fastkv.eval.serve import Session, eval_spec
+from fastkv.eval.settings import Settings
 from fastkv.eval.source import Source
 from fastkv.eval.text import Span
 from fastkv.quant import QUANT_SPECS
