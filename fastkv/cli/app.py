@@ -53,8 +53,13 @@ def main() -> None:
     try:
         app()
     except FastKVError as error:
-        print(f"fastkv: {error}", file=sys.stderr)
+        print(_named(str(error)), file=sys.stderr)
         sys.exit(1 if isinstance(error, SelectionError) else 2)
     except OSError as error:
-        print(f"fastkv: {error}", file=sys.stderr)
+        print(_named(str(error)), file=sys.stderr)
         sys.exit(2)
+
+
+def _named(text: str) -> str:
+    """An error with the program's name in front, once: a command's own errors begin with it."""
+    return text if text.startswith("fastkv ") else f"fastkv: {text}"

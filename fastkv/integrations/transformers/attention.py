@@ -49,13 +49,9 @@ def attend(
     Raises:
         ContractError: anything that fastkv does not serve. Nothing was written then.
     """
-    cache, layer_idx, keys = _paged(key)
     _refuse(module, attention_mask, dropout, kwargs)
-    cache.bind(module, layer_idx, query, keys, value)
     requests, heads, new, dim = query.shape
-    layer, batch = cache.step(layer_idx, new)
-    parts = [x.transpose(1, 2).reshape(requests * new, -1) for x in (query, keys, value)]
-    q = fastkv_torch.rope_write_kv(torch.cat(parts, dim=-1), layer, **batch)
+    q, layer, batch = write(module, query, key, value)
     out = fastkv_torch.paged_attention(
         q,
         layer,
@@ -67,6 +63,29 @@ def attend(
         mask_offsets=attention_mask,
     )
     return out.view(requests, new, heads, dim), None
+
+
+def write(module: Any, query: Any, key: Any, value: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Write a layer's new keys and values into its pages, and attend to nothing.
+
+    Args:
+        module: as in `attend`, like all that follows.
+        query: likewise.
+        key: likewise.
+        value: likewise.
+
+    Returns:
+        The queries `[B * S, Hq, D]`, the layer's cache, the step's batch tensors.
+
+    Raises:
+        ContractError: not what the cache serves. Nothing was written then.
+    """
+    cache, layer_idx, keys = _paged(key)
+    cache.bind(module, layer_idx, query, keys, value)
+    requests, _, new, _ = query.shape
+    layer, batch = cache.step(layer_idx, new)
+    parts = [x.transpose(1, 2).reshape(requests * new, -1) for x in (query, keys, value)]
+    return fastkv_torch.rope_write_kv(torch.cat(parts, dim=-1), layer, **batch), layer, batch
 
 
 def intervals(

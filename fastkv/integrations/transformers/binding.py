@@ -56,6 +56,13 @@ def require_scales(rows: tuple[QuantSpec, ...], scales: Scales) -> None:
         )
 
 
+def model_shape(config: Any) -> tuple[int, int, int]:
+    """Hq, Hkv and D by a text model's config."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
 @dataclass(frozen=True)
 class Bound:
     """The model, batch and device of a cache.
@@ -104,7 +111,7 @@ class Bound:
             ContractError: heads, head dim, dtype, kinds of layers or scales that do not fit.
             SelectionError: no kernel serves them on the device.
         """
-        _require_served_layers(config)
+        require_served_layers(config)
         batch, query_heads, heads, dim = shape
         layers, name = config.num_hidden_layers, str(dtype).removeprefix("torch.")
         spec = CacheSpec(layers, heads, dim, page_size, formats, name, scale_dtype)
@@ -146,7 +153,8 @@ class Bound:
                 )
 
 
-def _require_served_layers(config: Any) -> None:
+def require_served_layers(config: Any) -> None:
+    """Raise `UnsupportedError` for layers whose attention is not full or over a window."""
     kinds = getattr(config, "layer_types", None) or ()
     other = next((kind for kind in kinds if kind not in _SERVED_LAYERS), None)
     if getattr(config, "attention_chunk_size", None) is not None:

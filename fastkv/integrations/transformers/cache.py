@@ -13,6 +13,7 @@ from fastkv.errors import ContractError, ShapeError, UnsupportedError
 from fastkv.integrations.transformers.binding import (
     Bound,
     Formats,
+    model_shape,
     require_formats,
     require_scales,
 )
@@ -90,10 +91,7 @@ class PagedCache(Cache):  # type: ignore[misc]
             ContractError, SelectionError: as the first attention.
         """
         config = model.config.get_text_config()
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        shape = (batch_size, heads, kv_heads, dim)
+        shape = (batch_size, *model_shape(config))
         self._start(Bound.of(config, shape, model.dtype, model.device, *self._wanted))
         self._allocate(0)
         for layer in range(self.spec.num_layers):
