@@ -5,7 +5,7 @@
     python scripts/eval_page.py --check    # say what differs, and exit with 1
 
 The figures come from benchmarks/results/eval_transformers.json, which `fastkv eval` wrote.
-tests/unit/eval/test_eval_result.py runs the check.
+tests/unit/eval/test_eval_page.py runs the check.
 """
 
 import argparse

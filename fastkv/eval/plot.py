@@ -30,7 +30,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
     FigureCanvasAgg(figure)  # no display, no global state
     axes = figure.add_subplot()
     formats = list(dict.fromkeys(row.format for row in rows))
@@ -41,12 +41,20 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         if row.kl > _ROUNDING:
             # Hollow where the first tokens attended to each other exactly.
             face = "none" if row.exact_prefill else f"C{i}"
-            style = {"marker": "osD^vPX*h"[i % 9], "facecolor": face, "edgecolor": f"C{i}"}
-            axes.scatter(held, row.kl, s=60, label=label, **style)
+            axes.scatter(
+                held,
+                row.kl,
+                s=60,
+                label=label,
+                marker="osD^vPX*h"[i % 9],
+                facecolor=face,
+                edgecolor=f"C{i}",
+            )
         else:
             axes.axvline(held, color=f"C{i}", linestyle="--", label=f"{label}, KL 0")
     axes.set_axisbelow(True)
-    axes.set_xlim(left=0)
+    axes.set_xscale("log", base=2)  # a format is a factor of another's size, not a distance from it
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     if any(row.kl > _ROUNDING for row in rows):
         axes.set_yscale("log")
     axes.set_xlabel("bytes per token, all layers, scales and window included")
@@ -64,7 +72,7 @@ def _held(row: Row) -> float:
 def _label(row: Row, several: bool) -> str:
     parts = [f"{row.format} ({row.dtype})"]
     if several and row.granularity is not None:
-        parts.append(f"{row.granularity}, {(row.calibration or '').partition(',')[0]}")
+        parts.append(f"{row.granularity}, {row.calibration}")
     if row.exact_prefill:
         parts.append("exact prefill")
     if row.window:
