@@ -16,6 +16,7 @@ from fastkv.errors import (
     MalformedError,
     MissingDependencyError,
     SelectionError,
+    TransferError,
     unknown_name,
 )
 
@@ -36,6 +37,7 @@ BUILT_IN = {
     "BlockIdError": IndexError,
     "FingerprintError": ValueError,
     "MalformedError": ValueError,
+    "TransferError": RuntimeError,
     "MissingTensorError": ValueError,
 }
 
@@ -48,6 +50,7 @@ SAMPLES = {
     CollectiveError: ("merge", 1, 2, "timed out"),
     FingerprintError: ("connect", [("head_dim", "64", "128"), ("model", "'a'", "'b'")]),
     MalformedError: ("Fingerprint.decode", "no JSON"),
+    TransferError: ("Endpoint.connect", "no hello within 5 s"),
 }
 
 
