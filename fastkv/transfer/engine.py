@@ -85,7 +85,8 @@ def descriptors(
     first = np.flatnonzero(np.concatenate([[True], step]))
     counts = np.diff(np.append(first, len(local_ids)))
     one = np.ones(len(local_ids), np.int64)
-    here, there = [], []
+    here: list[NDArray[np.int64]] = []
+    there: list[NDArray[np.int64]] = []
     for mine, theirs in zip(local, remote, strict=True):
         dense = mine.stride == mine.nbytes == theirs.stride
         at, blocks = (first, counts) if dense else (slice(None), one)

@@ -121,7 +121,8 @@ class Ledger:
         self._end("Ledger.settle", ids, self._doubts)
 
     def _free(self) -> "NDArray[np.bool_]":
-        return ~self._owned & (self._holds == 0)  # a doubt is about a hold
+        free: NDArray[np.bool_] = ~self._owned & (self._holds == 0)  # a doubt is about a hold
+        return free
 
     def _give(self, found: "NDArray[np.int64]") -> None:
         self._owned[found] = True

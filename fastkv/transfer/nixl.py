@@ -2,6 +2,7 @@
 """NIXL (nixl-cu12, nixl-cu13) as an engine, over UCX, for memory of the CPU."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 INSTALL = "pip install --no-deps nixl-cu12==1.5.1"
 _PACKAGES = ("nixl_cu12", "nixl_cu13")
 _PROGRESS = {"DONE": Progress.DONE, "PROC": Progress.MOVING}
+
+
+class NixlPeer:
+    """One connection to an agent; an agent may have several."""
+
+    def __init__(self, agent: str) -> None:
+        self.agent = agent
 
 
 class NixlEngine:
@@ -45,7 +53,7 @@ class NixlEngine:
             if name.startswith("nixl") and name.endswith("Error")
         )
         self._memory: list[Any] = []
-        self._peers: set[str] = set()
+        self._peers: Counter[str] = Counter()  # connections to each agent
         with self._named("start"):
             # A random name: a restarted process must not be taken for the one before it.
             self._agent = api.nixl_agent(f"fastkv-{token_hex(8)}", api.nixl_agent_config())
@@ -68,16 +76,16 @@ class NixlEngine:
         with self._named("address"):
             return bytes(self._agent.get_agent_metadata())
 
-    def connect(self, address: bytes) -> str:
+    def connect(self, address: bytes) -> NixlPeer:
         """See `Engine.connect`."""
         with self._named("connect"):
             found = self._agent.add_remote_agent(address)
-        peer = found.decode() if isinstance(found, bytes) else str(found)
-        self._peers.add(peer)
-        return peer
+        agent = found.decode() if isinstance(found, bytes) else str(found)
+        self._peers[agent] += 1
+        return NixlPeer(agent)
 
     def post(
-        self, peer: str, write: bool, local: "NDArray[np.uint64]", remote: "NDArray[np.uint64]"
+        self, peer: NixlPeer, write: bool, local: "NDArray[np.uint64]", remote: "NDArray[np.uint64]"
     ) -> Any:
         """See `Engine.post`."""
         with self._named("post"):
@@ -85,7 +93,7 @@ class NixlEngine:
                 self._agent.get_xfer_descs(_rows(runs), "DRAM") for runs in (local, remote)
             )
             what = "WRITE" if write else "READ"
-            handle = self._agent.initialize_xfer(what, here, there, peer)
+            handle = self._agent.initialize_xfer(what, here, there, peer.agent)
             if self._agent.transfer(handle) == "ERR":
                 raise TransferError("nixl: post", "the transfer did not start")
         return handle
@@ -102,16 +110,19 @@ class NixlEngine:
         with suppress(*self._errors):
             self._agent.release_xfer_handle(handle)
 
-    def disconnect(self, peer: str) -> None:
+    def disconnect(self, peer: NixlPeer) -> None:
         """See `Engine.disconnect`."""
-        self._peers.discard(peer)
-        with suppress(*self._errors):
-            self._agent.remove_remote_agent(peer)
+        self._peers[peer.agent] -= 1
+        if not self._peers[peer.agent]:
+            del self._peers[peer.agent]
+            with suppress(*self._errors):
+                self._agent.remove_remote_agent(peer.agent)
 
     def close(self) -> None:
         """See `Engine.close`."""
-        for peer in tuple(self._peers):
-            self.disconnect(peer)
+        for agent in self._peers:
+            with suppress(*self._errors):
+                self._agent.remove_remote_agent(agent)
         for memory in self._memory:
             with suppress(*self._errors):
                 self._agent.deregister_memory(memory)

@@ -61,6 +61,7 @@ class Regions:
         num_blocks: N.
         block_nbytes: bytes of one block in all regions.
         regions: one a tensor, in the order of the flat list.
+        pages: of each region, its memory: uint8 `[N, bytes of a page]`.
 
     Raises:
         SpecMismatchError: a list of another length than the spec's, or tensors that overlap.
@@ -79,13 +80,13 @@ class Regions:
             for layer in range(spec.num_layers)
             for tensor in spec.layer_tensors(layer, self.num_blocks)
         ]
-        self._pages = [
+        self.pages = [
             _page_bytes(spec, i, layer, tensor, array)
             for i, ((layer, tensor), array) in enumerate(zip(names, caches, strict=True))
         ]
         self.regions = tuple(
             Region(f"layers.{layer}.{tensor.name}", *_memory(pages))
-            for (layer, tensor), pages in zip(names, self._pages, strict=True)
+            for (layer, tensor), pages in zip(names, self.pages, strict=True)
         )
         self.block_nbytes = sum(region.nbytes for region in self.regions)
         _require_apart(self.regions, self.num_blocks)
@@ -115,7 +116,7 @@ class Regions:
     def read_block(self, block_id: int) -> memoryview:
         """A copy of one block's bytes, `block_nbytes` of them, in the order above."""
         (i,) = self.check_ids("Regions.read_block", "block_id", [block_id])
-        return np.concatenate([pages[i] for pages in self._pages]).data
+        return np.concatenate([pages[i] for pages in self.pages]).data
 
     def read_blocks(self, ids: Ids, out: "NDArray[np.uint8] | None" = None) -> "NDArray[np.uint8]":
         """Copies of blocks, uint8 `[len(ids), block_nbytes]`, one row a block.
@@ -128,7 +129,7 @@ class Regions:
         if out is None:
             out = np.empty((len(found), self.block_nbytes), np.uint8)
         at = 0
-        for pages, region in zip(self._pages, self.regions, strict=True):
+        for pages, region in zip(self.pages, self.regions, strict=True):
             out[: len(found), at : at + region.nbytes] = pages[found]
             at += region.nbytes
         return out[: len(found)]
@@ -147,7 +148,7 @@ class Regions:
                 op, "data", expected=f"{self.block_nbytes} bytes", got=str(source.size)
             )
         at = 0
-        for pages, region in zip(self._pages, self.regions, strict=True):
+        for pages, region in zip(self.pages, self.regions, strict=True):
             pages[i] = source[at : at + region.nbytes]
             at += region.nbytes
 
