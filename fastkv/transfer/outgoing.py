@@ -140,7 +140,8 @@ class Attempt:
         end = perf_counter() + self.seconds
         lost = asyncio.ensure_future(self.session.gone.wait())
         try:
-            await asyncio.wait({task, lost}, timeout=self.seconds, return_when=FIRST_COMPLETED)
+            waits: set[asyncio.Future[Any]] = {task, lost}
+            await asyncio.wait(waits, timeout=self.seconds, return_when=FIRST_COMPLETED)
             if not task.done():
                 left = min(_GRACE, end - perf_counter())
                 await asyncio.wait({task}, timeout=max(0.0, left))

@@ -4,6 +4,7 @@
 import numpy as np
 
 from fastkv import CacheSpec
+from fastkv.arrays import numpy_dtype
 
 QUANT = ("block_wise_fp8", "cache_int8", "none", "cache_int4_zp")
 
@@ -27,3 +28,18 @@ def random_caches(spec, num_blocks, seed):
 def block_bytes(caches, block_id):
     """The bytes of one block, by nothing but NumPy's indexing."""
     return b"".join(array[block_id].tobytes() for array in caches)
+
+
+def mapped_caches(spec, num_blocks, path, seed=None):
+    """A cache in a file that several processes map; filled with random bytes for a seed."""
+    tensors = spec.tensors(num_blocks)
+    total = sum(tensor.nbytes for tensor in tensors)
+    memory = np.memmap(path, np.uint8, "r+" if path.exists() else "w+", shape=(total,))
+    if seed is not None:
+        memory[...] = np.frombuffer(np.random.default_rng(seed).bytes(total), np.uint8)
+    caches, at = [], 0
+    for tensor in tensors:
+        raw = np.asarray(memory)[at : at + tensor.nbytes]
+        caches.append(raw.view(numpy_dtype(tensor.dtype)).reshape(tensor.shape))
+        at += tensor.nbytes
+    return caches
