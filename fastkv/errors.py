@@ -137,6 +137,66 @@ class CollectiveError(FastKVError, RuntimeError):
         return (type(self), (self.op, self.rank, self.size, self.reason))
 
 
+class BlockIdError(ContractError, IndexError):
+    """A block id outside the cache, one that comes twice, or lists of ids that do not match."""
+
+
+class BlockSizeError(ContractError):
+    """The bytes that should become a block are not as many as a block has."""
+
+
+class FingerprintError(FastKVError, ValueError):
+    """Two caches whose blocks mean different things; names each field that differs.
+
+    Args:
+        op: what compared the two.
+        differences: `(field, ours, theirs)`, the values as text.
+    """
+
+    def __init__(self, op: str, differences: Sequence[tuple[str, str, str]]) -> None:
+        self.op = op
+        self.differences = tuple((name, ours, theirs) for name, ours, theirs in differences)
+        parts = "; ".join(f"{name}: ours {a}, theirs {b}" for name, a, b in self.differences)
+        super().__init__(f"{op}: the peer's cache differs in {parts}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.op, self.differences))
+
+
+class MalformedError(FastKVError, ValueError):
+    """Bytes from outside this process that are not what they should be.
+
+    Args:
+        op: what read them.
+        reason: what is wrong with them.
+    """
+
+    def __init__(self, op: str, reason: str) -> None:
+        self.op = op
+        self.reason = reason
+        super().__init__(f"{op}: {reason}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.op, self.reason))
+
+
+class TransferError(FastKVError, RuntimeError):
+    """Blocks cannot be moved: no connection, no free blocks, an engine that refuses.
+
+    Args:
+        op: what needed it.
+        reason: what went wrong.
+    """
+
+    def __init__(self, op: str, reason: str) -> None:
+        self.op = op
+        self.reason = reason
+        super().__init__(f"{op}: {reason}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.op, self.reason))
+
+
 class SelectionError(FastKVError, ValueError):
     """No backend serves the request.
 
