@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fastkv import __version__
-from fastkv.cli import calibrate, demo, doctor, plan, select, warmup
+from fastkv.cli import calibrate, demo, doctor, plan, select, serve_pair, warmup
 from fastkv.cli import eval as evaluation
 from fastkv.errors import FastKVError, SelectionError
 
@@ -45,6 +45,7 @@ app.command()(doctor.doctor)
 app.command("eval")(evaluation.evaluate)
 app.command()(plan.plan)
 app.command()(select.select)
+app.command("serve-pair")(serve_pair.serve_pair)
 app.command()(warmup.warmup)
 
 

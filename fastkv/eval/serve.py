@@ -41,6 +41,28 @@ def eval_spec(model: Llama, quant: str, dtype: str = "float32") -> CacheSpec:
     return CacheSpec(model.num_layers, model.num_kv_heads, model.head_dim, PAGE_SIZE, quant, dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Pages of a cache that belong to one request.
+
+    Attributes:
+        caches: the flat list of cache tensors.
+        ids: int32, the request's page ids in the order of its tokens.
+        cached: tokens that the pages hold already.
+    """
+
+    caches: list[Any]
+    ids: "NDArray[np.int32]"
+    cached: int = 0
+
+    @classmethod
+    def of_one_request(cls, spec: CacheSpec, capacity: int) -> "Pages":
+        """A cache of its own, shuffled: a page taken for another is seen."""
+        count = -(-capacity // spec.page_size)
+        ids = np.random.default_rng(0).permutation(count).astype(np.int32)
+        return cls(spec.allocate(count), ids)
+
+
 class Session:
     """One request of the model over a cache of one format.
 
@@ -52,6 +74,7 @@ class Session:
         backend: which backend attends. `append` reads every K and V, those of the chunk itself
             included, from the quantized cache.
         exact_prefill: `fill` attends to K and V as they come, and leaves them quantized.
+        pages: the request's part of a shared cache, for `capacity` tokens; None: its own cache.
     """
 
     def __init__(
@@ -62,9 +85,11 @@ class Session:
         capacity: int,
         backend: str = "append",
         exact_prefill: bool = False,
+        pages: Pages | None = None,
     ) -> None:
         self.model, self.spec = model, spec
-        self.cached = 0
+        held = pages or Pages.of_one_request(spec, capacity)
+        self.cached = held.cached
         self._backend = get_backend(spec, name=backend)
         # flash attends to the K and V of the chunk itself as they come.
         self._prefill = get_backend(spec, name="flash") if exact_prefill else self._backend
@@ -73,10 +98,7 @@ class Session:
             for i in range(spec.num_layers)
         ]
         self._rope = rope(model, capacity)
-        pages = -(-capacity // spec.page_size)
-        self._caches = spec.allocate(pages)
-        # Shuffled pages: a page taken for another is seen.
-        self._table = np.random.default_rng(0).permutation(pages).astype(np.int32)[None]
+        self._caches, self._table = held.caches, held.ids[None]
 
     def hidden(self, ids: "NDArray[np.int64]") -> "F32":
         """Append tokens to the request; the hidden states `[T, C]` of these."""
