@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 
 from fastkv.cache import LayerCache
 from fastkv.errors import ContractError, ShapeError, UnsupportedError
@@ -16,7 +15,7 @@ from fastkv.integrations.transformers.binding import (
     require_formats,
     require_scales,
 )
-from fastkv.integrations.transformers.layers import PagedKeys, PagedLayer
+from fastkv.integrations.transformers.layers import AttentionOnly, PagedKeys, PagedLayer
 from fastkv.integrations.transformers.pages import Copies, Pages
 from fastkv.integrations.transformers.storage import Storage
 from fastkv.quant import QuantType
@@ -26,7 +25,7 @@ from fastkv.scales import StaticScales
 _AHEAD = 256
 
 
-class PagedCache(Cache):  # type: ignore[misc]
+class PagedCache(AttentionOnly):
     """The KV cache of a model of transformers in fastkv's pages, in any format.
 
     Hand it to `generate(past_key_values=…)` or to the model, whose attn_implementation must be

@@ -5,7 +5,9 @@ import pytest
 import torch
 from transformers import (
     DeepseekV3Config,
+    DiffLlamaConfig,
     DynamicCache,
+    FalconH1Config,
     Gemma3TextConfig,
     GPT2Config,
     Llama4TextConfig,
@@ -165,6 +167,19 @@ def test_a_model_whose_keys_are_not_what_it_caches():
     refused(UnsupportedError, lambda: read(tiny(config), PagedCache()), "attn_implementation")
 
 
+def test_a_model_that_attends_twice_to_the_keys_of_a_layer():
+    # The second attention would write them behind the first one's, and see them twice.
+    model = tiny(DiffLlamaConfig(**SHAPE))
+    refused(UnsupportedError, lambda: read(model, PagedCache()), "model", "a second one")
+
+
+def test_a_model_with_layers_that_keep_another_state():
+    config = FalconH1Config(**SHAPE, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_state=8)
+    cache = PagedCache()
+    refused(UnsupportedError, lambda: read(tiny(config), cache), "model", "get_conv_state")
+    assert cache.length == 0
+
+
 # What fastkv does not compute
 
 
@@ -232,6 +247,16 @@ def test_intervals_of_masks():
     for other in ({"use_vmap": True}, {"allow_is_causal_skip": False}):
         with pytest.raises(UnsupportedError):
             intervals(batch_size=4, q_length=2, kv_length=4, **other)
+
+
+def test_intervals_of_a_window():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+    got = intervals(batch_size=3, q_length=2, kv_length=4, attention_mask=mask, local_size=2)
+    assert got.tolist() == [[2, 4], [2, 4], [1, 4], [2, 4], [1, 1], [1, 1]]
+    assert got.dtype == torch.int32
+    got = intervals(batch_size=1, q_length=2, kv_length=4, local_size=3, device="cpu")
+    assert got.tolist() == [[0, 4], [1, 4]]
+    assert intervals(batch_size=1, q_length=2, kv_length=4, local_size=4) is None
 
 
 # Cropping and reordering
