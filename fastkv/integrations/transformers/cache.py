@@ -13,6 +13,8 @@ from fastkv.integrations.transformers.binding import (
     Bound,
     Formats,
     require_formats,
+    require_model,
+    require_options,
     require_scales,
 )
 from fastkv.integrations.transformers.layers import AttentionOnly, PagedKeys, PagedLayer
@@ -47,6 +49,7 @@ class PagedCache(AttentionOnly):
         UnknownNameError: a format that nobody knows.
         MissingTensorError: a static format, and no scales.
         SurplusTensorError: scales, and no static format.
+        SpecError: a page size, a reserve or a dtype of scales that is none.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class PagedCache(AttentionOnly):
         reserve: int = 0,
         scale_dtype: str = "float32",
     ) -> None:
-        require_scales(require_formats(format), scales)
+        rows = require_formats(format)
+        require_scales(rows, scales)
+        require_options(rows, page_size, reserve, scale_dtype)
         super().__init__(layers=[])
         self.length = 0
         self._wanted = (format, scales, page_size, scale_dtype)
@@ -88,6 +93,7 @@ class PagedCache(AttentionOnly):
         Raises:
             ContractError, SelectionError: as the first attention.
         """
+        require_model(model, "fastkv")
         config = model.config.get_text_config()
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
