@@ -42,6 +42,8 @@ class TransformersModel:
     def __init__(self, name: str) -> None:
         self._torch = require("torch", OP, INSTALL)
         library = require("transformers", OP, INSTALL)
+        from safetensors import SafetensorError
+
         _register(library)
         self.name = name
         try:
@@ -49,7 +51,7 @@ class TransformersModel:
             self._model = library.AutoModel.from_pretrained(
                 name, dtype=self._torch.float32, attn_implementation=ATTENTION
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:  # the last: a file cut short
             first = str(error).strip().partition("\n")[0]
             raise ContractError(
                 OP, "--model", expected="a GGUF file or a transformers model", got=first

@@ -90,6 +90,10 @@ def test_what_cannot_be_calibrated_is_refused(llama, text, tmp_path):
         load(folder, path, "0:101", 60)
     with pytest.raises(ContractError, match="--model: expected a GGUF file or a transformers"):
         load(str(tmp_path / "nothing"), path, None, 60)
+    weights = tmp_path / "llama" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ContractError, match=r"--model: expected .* got Error while deserializing"):
+        load(folder, path, None, 60)
     bert = BertModel(
         BertConfig(
             vocab_size=91,
