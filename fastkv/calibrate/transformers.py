@@ -48,14 +48,19 @@ class TransformersModel:
         self.name = name
         try:
             self._tokenizer = library.AutoTokenizer.from_pretrained(name)
-            self._model = library.AutoModel.from_pretrained(
-                name, dtype=self._torch.float32, attn_implementation=ATTENTION
+            self._model, loaded = library.AutoModel.from_pretrained(
+                name,
+                dtype=self._torch.float32,
+                attn_implementation=ATTENTION,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, SafetensorError) as error:  # the last: a file cut short
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            # RuntimeError: weights of another size; SafetensorError: a file cut short.
             first = str(error).strip().partition("\n")[0]
             raise ContractError(
                 OP, "--model", expected="a GGUF file or a transformers model", got=first
             ) from error
+        _require_whole(name, loaded["missing_keys"])
         self._model.eval()
         self._config = self._model.config.get_text_config()
         self.bos: int | None = self._begins()
@@ -91,6 +96,18 @@ class TransformersModel:
         ids = self._tokenizer("a", verbose=False)["input_ids"]
         bos = self._tokenizer.bos_token_id
         return bos if bos is not None and ids and ids[0] == bos else None
+
+
+def _require_whole(name: str, missing: Iterable[str]) -> None:
+    """Raise for weights that a checkpoint lacks: they would be random, with a warning."""
+    absent = sorted(key for key in missing if ".layers." in f".{key}")
+    if absent:
+        raise ContractError(
+            OP,
+            "--model",
+            expected="a checkpoint with every weight of the layers",
+            got=f"none of {', '.join(absent[:3])}{', …' * (len(absent) > 3)} in {name}",
+        )
 
 
 def _register(library: Any) -> None:

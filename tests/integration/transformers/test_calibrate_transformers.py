@@ -6,6 +6,7 @@ from inspect import signature
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -91,6 +92,15 @@ def test_what_cannot_be_calibrated_is_refused(llama, text, tmp_path):
     with pytest.raises(ContractError, match="--model: expected a GGUF file or a transformers"):
         load(str(tmp_path / "nothing"), path, None, 60)
     weights = tmp_path / "llama" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["layers.1.self_attn.k_proj.weight"] = torch.ones(8, 32)
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ContractError, match="--model: expected a GGUF file or a transformers"):
+        load(folder, path, None, 60)
+    del tensors["layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ContractError, match=r"none of layers\.1\.self_attn\.k_proj\.weight in"):
+        load(folder, path, None, 60)
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(ContractError, match=r"--model: expected .* got Error while deserializing"):
         load(folder, path, None, 60)
