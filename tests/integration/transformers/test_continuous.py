@@ -82,6 +82,7 @@ OPTIONS = {
         layer_types=["full_attention"] * 3,
         attn_logit_softcapping=1.0,
         query_pre_attn_scalar=1,
+        tie_word_embeddings=False,  # tied, this model repeats its last token
     ),
     "sinks": GptOssConfig(
         **SHAPE, head_dim=16, layer_types=["full_attention"] * 3, num_local_experts=4
