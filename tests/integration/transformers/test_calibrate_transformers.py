@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertModel,
@@ -87,6 +87,10 @@ def test_what_cannot_be_calibrated_is_refused(llama, text, tmp_path):
     folder = str(saved(llama, tmp_path / "llama"))
     with pytest.raises(ContractError, match="--window: expected at most 64"):
         load(folder, path, None, 65)
+    short = tmp_path / "short.txt"
+    short.write_text("w1")
+    with pytest.raises(TextError, match=r"short\.txt: expected at least two tokens, got 1"):
+        load(folder, short, None, 60)
     with pytest.raises(TextError, match=r"--tokens 0:101 of words.txt: expected 101 tokens"):
         load(folder, path, "0:101", 60)
     with pytest.raises(ContractError, match="--model: expected a GGUF file or a transformers"):
@@ -116,3 +120,19 @@ def test_what_cannot_be_calibrated_is_refused(llama, text, tmp_path):
     source = load(str(saved(bert, tmp_path / "bert")), path, None, 60)
     with pytest.raises(UnsupportedError, match=r"causal attention.*got BertSelfAttention"):
         source.run(Observer(1))
+
+
+def test_the_first_token_that_the_tokenizer_adds_counts_for_the_longest_sequence(
+    llama, text, tmp_path
+):
+    path, ids = text
+    folder = saved(llama, tmp_path / "llama")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, bos_token="w0")
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="w0 $A", special_tokens=[("w0", 0)]
+    )
+    tokenizer.save_pretrained(folder)
+    source = load(str(folder), path, None, 63)
+    assert [s.tolist() for s in source.sequences] == [[0, *ids[:63]], [0, *ids[63:]]]
+    with pytest.raises(ContractError, match="--window: expected at most 63"):
+        load(str(folder), path, None, 64)
