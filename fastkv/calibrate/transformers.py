@@ -48,6 +48,8 @@ class TransformersModel:
     def __init__(self, name: str, *, op: str = OP, head: bool = False) -> None:
         self._torch = require("torch", op, INSTALL)
         library = require("transformers", op, INSTALL)
+        from safetensors import SafetensorError
+
         _register(library)
         self.name = name
         place, options = _place(name, op)
@@ -55,12 +57,16 @@ class TransformersModel:
         try:
             with _quiet():
                 self._tokenizer = library.AutoTokenizer.from_pretrained(place, **options)
-                self.model = kind.from_pretrained(place, dtype=self._torch.float32, **options)
-        except (OSError, ValueError) as error:
+                self.model, loaded = kind.from_pretrained(
+                    place, dtype=self._torch.float32, output_loading_info=True, **options
+                )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            # RuntimeError: weights of another size; SafetensorError: a file cut short.
             first = str(error).strip().partition("\n")[0]
             raise ContractError(
                 op, "--model", expected="a GGUF file or a transformers model", got=first
             ) from error
+        _require_whole(op, name, loaded["missing_keys"])
         self.model.eval()
         self._body = self.model.base_model if head else self.model
         self._config = self.model.config.get_text_config()
@@ -131,6 +137,18 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _require_whole(op: str, name: str, missing: Iterable[str]) -> None:
+    """Raise for weights that a checkpoint lacks: they would be random, with a warning."""
+    absent = sorted(key for key in missing if ".layers." in f".{key}")
+    if absent:
+        raise ContractError(
+            op,
+            "--model",
+            expected="a checkpoint with every weight of the layers",
+            got=f"none of {', '.join(absent[:3])}{', …' * (len(absent) > 3)} in {name}",
+        )
 
 
 def _register(library: Any) -> None:
