@@ -58,7 +58,7 @@ def test_readme_and_ci_run_the_same_test_command():
 
 
 def test_ci_runs_every_further_environment_that_needs_no_gpu():
-    environments = ["torch,paddle,transformers,eval,docs,cuda-compile,coverage"]
+    environments = ["torch,paddle,transformers,eval,docs,cuda-compile,coverage,transfer"]
     assert re.findall(r"^tox -e (\S+)", read(".ci/run"), re.MULTILINE) == environments
 
 
