@@ -2,8 +2,8 @@
 """One cache on the network: its memory, its ledger, its engine and its peers."""
 
 import asyncio
+from collections import deque
 from collections.abc import Coroutine
-from contextlib import suppress
 from dataclasses import asdict
 from itertools import count
 from time import perf_counter
@@ -48,6 +48,7 @@ class Endpoint:
     Attributes:
         ledger: who may use which block.
         port: of the control channel, once `listen` has returned.
+        refusals: why the last few connections were refused: another cache, no hello, …
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Endpoint:
         self.counters = Counters()
         self.offers: dict[str, NDArray[np.int64]] = {}
         self.port = 0
+        self.refusals: deque[FastKVError] = deque(maxlen=16)
         self._engine = make_engine(engine, "Endpoint") if isinstance(engine, str) else engine
         self._bounds = (in_flight, max_transfers)
         self._generations = count(1)
@@ -284,13 +286,16 @@ class Endpoint:
         )
 
     async def _welcome(self, *streams: Any) -> None:
-        # A stranger's bytes end its own connection and nothing else; the error is the peer's.
-        with suppress(FastKVError):
+        # A stranger's bytes end its own connection and nothing else.
+        try:
             session = await self._meet("Endpoint.accept", streams, 10.0)
-            if self._accepted.full():
-                session.lose("nobody accepts")
-            else:
-                self._accepted.put_nowait(session)
+        except FastKVError as error:
+            self.refusals.append(error)
+            return
+        if self._accepted.full():
+            session.lose("nobody accepts")
+        else:
+            self._accepted.put_nowait(session)
 
     async def _meet(self, op: str, streams: Any, seconds: float) -> Session:
         """Exchange hellos and compare, before the engine hears of the peer."""

@@ -55,8 +55,9 @@ class Ledger:
         (i,) = check_ids("Ledger.generation", "block_id", [block_id], self.num_blocks)
         return int(self._generation[i])
 
-    def count(self, state: BlockState) -> int:
+    def count(self, state: BlockState | str) -> int:
         """Blocks in a state."""
+        state = BlockState(state)
         doubt = self._doubts > 0
         if state is BlockState.QUARANTINED:
             return int(doubt.sum())

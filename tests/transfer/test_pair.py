@@ -5,12 +5,16 @@ import json
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from fastkv.cli import main
 from fastkv.cli.app import app
 from fastkv.errors import TransferError
+from fastkv.eval.gguf_llama import ModelFile, find_model
+from fastkv.eval.gguf_tokenizer import TextTokenizer
+from fastkv.eval.serve import Session, eval_spec
 from fastkv.pair import run
 from fastkv.pair.job import PAGE_SIZE, Job
 from fastkv.pair.run import Row, Served, serve
@@ -40,6 +44,21 @@ def test_two_processes_give_the_tokens_of_one(served):
         assert len(row["tokens"]) == NEW
         assert row["tokens"] == row["expected"]
     assert served["rows"][0]["tokens"] != served["rows"][1]["tokens"]
+
+
+def test_its_tokens_are_those_of_a_session_of_its_own(served):
+    """Page size and cache are others, the values of every page the same."""
+    path, _ = find_model(None)
+    model = ModelFile(path).llama()
+    row = served["rows"][1]
+    ids = TextTokenizer(ModelFile(path)).encode(PROMPTS[1], "the prompt")
+    assert len(ids) == row["prompt_tokens"]
+    session = Session(model, eval_spec(model, "block_wise_fp8", "bfloat16"), {}, 64)
+    session.hidden(ids[:-1])
+    tokens = [int(ids[-1])]
+    for _ in range(NEW):
+        tokens.append(int(session.logits(np.array(tokens[-1:]))[-1].argmax()))
+    assert row["tokens"] == tokens[1:]
 
 
 def test_whole_blocks_moved_with_their_scales(served):

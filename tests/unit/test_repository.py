@@ -59,7 +59,16 @@ def test_readme_and_ci_run_the_same_test_command():
 
 def test_ci_runs_every_further_environment_that_needs_no_gpu():
     chains = re.findall(r"^chain \w+ (\S+) &$", read(".ci/run"), re.MULTILINE)
-    wanted = {"torch", "paddle", "transformers", "eval", "docs", "cuda-compile", "coverage"}
+    wanted = {
+        "torch",
+        "paddle",
+        "transformers",
+        "eval",
+        "docs",
+        "cuda-compile",
+        "coverage",
+        "transfer",
+    }
     assert sorted(",".join(chains).split(",")) == sorted(wanted)
 
 
