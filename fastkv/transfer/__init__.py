@@ -26,7 +26,6 @@ what two caches must have in common, `checksums` guards its bytes, and an `Endpo
 `Endpoint.offer` and `Session.pull` move blocks the other way round.
 """
 
-from fastkv.transfer.checksum import checksum, checksums
 from fastkv.transfer.endpoint import Endpoint
 from fastkv.transfer.engine import ENGINES, Engine, Progress
 from fastkv.transfer.fingerprint import Fingerprint
@@ -34,6 +33,7 @@ from fastkv.transfer.ledger import BlockState, Ledger
 from fastkv.transfer.outcome import Outcome, Received, Stats, TransferState
 from fastkv.transfer.regions import Region, Regions
 from fastkv.transfer.session import Session
+from fastkv.transfer.xxh3 import checksum, checksums
 
 __all__ = [
     "ENGINES",

@@ -13,7 +13,6 @@ import numpy as np
 
 from fastkv.errors import ContractError, FastKVError, MalformedError, TransferError
 from fastkv.transfer import wire
-from fastkv.transfer.checksum import checksums as checksums_of
 from fastkv.transfer.engine import Engine, make_engine
 from fastkv.transfer.fingerprint import Fingerprint
 from fastkv.transfer.ledger import BlockState, Ledger
@@ -21,6 +20,7 @@ from fastkv.transfer.mover import Mover
 from fastkv.transfer.outcome import Counters, Outcome, Received, Stats, TransferState
 from fastkv.transfer.regions import Ids, Regions
 from fastkv.transfer.session import Session, peer_name
+from fastkv.transfer.xxh3 import checksums as checksums_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
