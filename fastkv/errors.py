@@ -180,6 +180,23 @@ class MalformedError(FastKVError, ValueError):
         return (type(self), (self.op, self.reason))
 
 
+class TransferError(FastKVError, RuntimeError):
+    """Blocks cannot be moved: no connection, no free blocks, an engine that refuses.
+
+    Args:
+        op: what needed it.
+        reason: what went wrong.
+    """
+
+    def __init__(self, op: str, reason: str) -> None:
+        self.op = op
+        self.reason = reason
+        super().__init__(f"{op}: {reason}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.op, self.reason))
+
+
 class SelectionError(FastKVError, ValueError):
     """No backend serves the request.
 

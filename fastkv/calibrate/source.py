@@ -67,6 +67,10 @@ class _Model:
     run: "Callable[[tuple[Ids, ...], Observer], None]"
 
 
+# Which tokens are read, by the text's ids; raises where they are not that many.
+_Choose = Callable[["Ids"], Span]
+
+
 def load(
     model: str | None,
     text: Path | None,
@@ -97,22 +101,27 @@ def load(
         content, text_name = read_text(text)
         if not content:
             raise TextError(OP, "--text", expected="a text", got=f"{text_name}, which is empty")
+
+        def choose(ids: "Ids") -> Span:
+            chosen = span or _default_span(text, len(ids), text_name)
+            require_tokens(len(ids), chosen, "--tokens", text_name)
+            return chosen
+
         if model is None or model.endswith(".gguf"):
-            found = _gguf(model, content, text_name, interleaved, positions)
+            found = _gguf(model, content, text_name, interleaved, positions, choose)
         else:
             found = _transformers(model, content, interleaved, positions)
-        span = span or _default_span(text, len(found.ids), text_name)
-        require_tokens(len(found.ids), span, "--tokens", text_name)
+        read = choose(found.ids)
     if found.longest is not None and window > found.longest:
         raise ContractError(
             OP, "--window", expected=f"at most {found.longest}, the model's", got=str(window)
         )
-    sequences = cut(found.ids[span.slice], window, found.bos)
+    sequences = cut(found.ids[read.slice], window, found.bos)
     return Source(
         model_name=found.name,
         text_name=text_name,
         text_sha256=sha256(content.encode()).hexdigest(),
-        tokens=span,
+        tokens=read,
         sequences=sequences,
         num_layers=found.num_layers,
         run=lambda observer: found.run(sequences, observer),
@@ -136,7 +145,12 @@ def _default_span(text: Path | None, count: int, name: str) -> Span:
 
 
 def _gguf(
-    model: str | None, content: str, text_name: str, interleaved: bool, positions: int | None
+    model: str | None,
+    content: str,
+    text_name: str,
+    interleaved: bool,
+    positions: int | None,
+    choose: _Choose,
 ) -> _Model:
     from fastkv.calibrate.gguf import observe_llama
     from fastkv.eval.gguf_llama import ModelFile, find_model
@@ -146,6 +160,7 @@ def _gguf(
     file = ModelFile(path)
     tokenizer = TextTokenizer(file)
     ids = tokenizer.encode(content, text_name)
+    choose(ids)  # before the weights, which take seconds to read
     llama = file.llama()
     return _Model(
         name=name,

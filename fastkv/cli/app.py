@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fastkv import __version__
-from fastkv.cli import calibrate, demo, doctor, plan, select, warmup
+from fastkv.cli import calibrate, demo, doctor, plan, select, serve_pair, warmup
 from fastkv.cli import eval as evaluation
 from fastkv.errors import FastKVError, SelectionError
 
@@ -45,6 +45,7 @@ app.command()(doctor.doctor)
 app.command("eval")(evaluation.evaluate)
 app.command()(plan.plan)
 app.command()(select.select)
+app.command("serve-pair")(serve_pair.serve_pair)
 app.command()(warmup.warmup)
 
 
@@ -53,8 +54,13 @@ def main() -> None:
     try:
         app()
     except FastKVError as error:
-        print(f"fastkv: {error}", file=sys.stderr)
+        print(_named(str(error)), file=sys.stderr)
         sys.exit(1 if isinstance(error, SelectionError) else 2)
     except OSError as error:
-        print(f"fastkv: {error}", file=sys.stderr)
+        print(_named(str(error)), file=sys.stderr)
         sys.exit(2)
+
+
+def _named(text: str) -> str:
+    """An error with the program's name in front, once: a command's own errors begin with it."""
+    return text if text.startswith("fastkv ") else f"fastkv: {text}"

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastkv import __version__
 from fastkv.cli.output import JsonFile, console, progress_console, table, write_json
+from fastkv.errors import ContractError
 from fastkv.quant import QuantSpec, quant_spec
 from fastkv.spec import CacheSpec
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _OP = "fastkv calibrate"
 # Scales do not depend on it.
 _PAGE_SIZE = 64
+# Methods that read an option of the recipe; the others every method reads.
+_READ_BY = {"percentile": ("percentile",), "weights": ("percentile", "mse"), "k_power": ("mse",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,7 @@ def calibrate(
         "k_power": k_power,
     }
     job = _job(row, granularity, asked, (output, write, prefix, force))
-    _check_extras(json_file, plot)
+    _check_extras(output, json_file, plot)
     with _progress() as progress:
         task = progress.add_task("load the model", total=None)
         source = _load(model, text, tokens, window, interleaved, positions)
@@ -165,14 +168,36 @@ def _job(
     given = {name: value for name, value in asked.items() if value is not None}
     start = Recipe() if "method" in given else recommended(row, layout)
     output = Output(*written)
-    job = _Job(row, layout, replace(start, **given), output)
+    recipe = replace(start, **given)
+    _require_read(recipe.method, given)
     output.check(row)
-    return job
+    return _Job(row, layout, recipe, output)
 
 
-def _check_extras(json_file: Path | None, plot: Path | None) -> None:
+def _require_read(method: str, given: dict[str, Any]) -> None:
+    """Raise where an option was given that the method does not read: it would change nothing."""
+    for name, readers in _READ_BY.items():
+        if name in given and method not in readers:
+            raise ContractError(
+                _OP,
+                f"--{name.replace('_', '-')}",
+                expected=f"--method {' or '.join(readers)}, which reads it",
+                got=method,
+            )
+
+
+def _check_extras(output: Path, json_file: Path | None, plot: Path | None) -> None:
     from fastkv.calibrate.files import require_place
 
+    taken = {output.resolve(): "--output"}
+    for argument, path in (("--json", json_file), ("--plot", plot)):
+        # The one written last would be all that is left of both.
+        if path is None or str(path) == "-":
+            continue
+        if path.resolve() in taken:
+            other = taken[path.resolve()]
+            raise ContractError(_OP, argument, expected=f"another file than {other}", got=str(path))
+        taken[path.resolve()] = argument
     if json_file is not None and str(json_file) != "-":
         require_place(json_file, "--json", force=True)
     if plot is not None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from fastkv.calibrate.methods import Recipe
-from fastkv.eval.measure import Settings, Table
+from fastkv.eval.measure import Table
+from fastkv.eval.settings import Settings
+from fastkv.eval.subject import FormatCache, Subject
 from fastkv.eval.text import Span
 from fastkv.quant import QuantType
 
@@ -57,11 +59,18 @@ def bounds_for(settings: Settings) -> Bounds | None:
         settings.calibrate == CALIBRATION
         and settings.backend == "append"
         and settings.dtype == "float32"
-        and settings.recipe == Recipe()
+        and settings.recipes == (Recipe(),)
         and settings.positions is None
-        and all(settings.layout(q) in (*q.granularities[:1], None) for q in settings.formats)
+        and not settings.prefill
+        and all(_is_preferred(subject) for subject in settings.subjects)
     )
     return BOUNDS.get(settings.score) if as_documented else None
+
+
+def _is_preferred(subject: Subject) -> bool:
+    if not isinstance(subject, FormatCache):
+        return False
+    return subject.layout in (*subject.quant.granularities[:1], None)
 
 
 def missed(table: Table, bounds: Bounds) -> list[str]:

@@ -100,7 +100,7 @@ def load_checkpoint(
     for each in paths:
         tensors |= read_safetensors(op, each, keys.__contains__)[1]
     file = _File(op, ", ".join(os.fspath(each) for each in paths), tensors, prefix, factor=1.0)
-    return validated(file.bundles(spec), spec)
+    return validated(op, file.name, file.bundles(spec), spec, file.key)
 
 
 def save_fastdeploy_json(
@@ -164,7 +164,7 @@ def load_fastdeploy_json(
     if not isinstance(values, dict):
         raise unreadable(op, path, expected, f"a {type(values).__name__}")
     file = _File(op, os.fspath(path), values, prefix, factor=_JSON_BOUND)
-    return validated(file.bundles(spec), spec)
+    return validated(op, file.name, file.bundles(spec), spec, file.key)
 
 
 def _key(op: str, prefix: str, layer: int, side: str, what: str) -> str:
@@ -226,6 +226,11 @@ class _File:
         self.op, self.name, self.values, self.prefix = op, name, values, prefix
         self.factor = factor
 
+    def key(self, layer: int, field: str) -> str:
+        """The key that a field of a layer's bundle comes from."""
+        what = "zero_point" if field.endswith("_zp") else "scale"
+        return _key(self.op, self.prefix, layer, field[0], what)
+
     def bundles(self, spec: "CacheSpec") -> dict[int, StaticScales]:
         """The bundle of each static layer."""
         return {
@@ -239,15 +244,20 @@ class _File:
 
         row = spec.layer_quant(layer)
         key = _key(self.op, self.prefix, layer, side, "scale")
-        scale = self._array(key, spec, row) * np.float32(self.factor)
-        if not (np.isfinite(scale) & (scale > 0)).all():
+        with np.errstate(over="ignore"):
+            scale = self._array(key, spec, row) * np.float32(self.factor)
+        usable = np.isfinite(scale) & (scale > 0)
+        if not usable.all():
+            worst = tuple(np.argwhere(~usable)[0].tolist())
             raise ScaleError(
                 self.op,
                 key,
                 format=row.name.value,
                 expected="finite and > 0",
-                got=f"{scale.min()} to {scale.max()} in {self.name}",
-                hint="A scale of 0 is one that was created and never filled.",
+                got=f"{scale[worst]} at {list(worst)} in {self.name}",
+                hint="A scale of 0 is one that was created and never filled."
+                if scale[worst] == 0
+                else "",
             )
         dequant = scale if row.needs_zp else scale / np.float32(row.bound)
         named = {f"{side}_quant": 1 / dequant, f"{side}_dequant": dequant}
@@ -269,9 +279,11 @@ class _File:
                 got=f"none in {self.name}",
             )
         try:
-            flat = np.asarray(self.values[key]).astype(np.float32).reshape(-1)
-        except (TypeError, ValueError) as error:
-            raise ScaleError(self.op, key, expected="numbers", got=str(error)) from error
+            with np.errstate(over="ignore"):  # what float32 cannot hold is named as infinite
+                flat = np.asarray(self.values[key]).astype(np.float32).reshape(-1)
+        except (TypeError, ValueError, OverflowError) as error:
+            got = f"{error} in {self.name}"
+            raise ScaleError(self.op, key, expected="numbers", got=got) from error
         heads, dim = spec.num_kv_heads, spec.head_dim
         shapes = {Granularity.HEAD: (heads,), Granularity.CHANNEL: (heads, dim)}
         for shape in (shapes[granularity] for granularity in row.granularities):

@@ -64,10 +64,11 @@ def load_scales(path: PathLike, spec: "CacheSpec | None" = None) -> dict[int, St
         if match is None:
             raise ScaleError(op, os.fspath(path), expected="keys layers.{id}.{field}", got=key)
         fields.setdefault(int(match[1]), {})[match[2]] = tensor
-    bundles = {layer: bundle(op, layer, named) for layer, named in fields.items()}
+    file = os.fspath(path)
+    bundles = {layer: bundle(op, file, layer, named) for layer, named in fields.items()}
     if spec is not None:
         _require_layers(op, path, bundles, spec)
-    return validated(bundles, spec)
+    return validated(op, file, bundles, spec)
 
 
 def _require_layers(op: str, path: PathLike, bundles: ScalesByLayer, spec: "CacheSpec") -> None:

@@ -2,15 +2,17 @@
 """What the files of static scales share: whole writes, and reads that name the file at fault."""
 
 import os
+import re
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from fastkv import arrays
-from fastkv.errors import ScaleError, ScaleWarning
+from fastkv.errors import ContractError, ScaleError, ScaleWarning
 from fastkv.scales.bundle import FIELDS, StaticScales
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def unreadable(op: str, path: PathLike, expected: str, error: object) -> ScaleEr
     return ScaleError(op, os.fspath(path), expected=expected, got=str(error))
 
 
-def bundle(op: str, layer: int, named: dict[str, Any]) -> StaticScales:
+def bundle(op: str, file: str, layer: int, named: dict[str, Any]) -> StaticScales:
     """A bundle of the fields that a file holds for a layer."""
     unknown = named.keys() - set(FIELDS)
     absent = [name for name in FIELDS[:4] if name not in named]
@@ -89,18 +91,50 @@ def bundle(op: str, layer: int, named: dict[str, Any]) -> StaticScales:
             op,
             f"layers.{layer}",
             expected=f"the fields {', '.join(FIELDS[:4])} and perhaps k_zp, v_zp",
-            got=f"unknown {', '.join(sorted(unknown))}" if unknown else f"no {', '.join(absent)}",
+            got=f"{_faults('unknown', sorted(unknown)) or _faults('no', absent)} in {file}",
         )
-    return StaticScales(**named)
+    with _named(op, file, partial("layers.{}.{}".format, layer), f"layer {layer}"):
+        return StaticScales(**named)
+
+
+def _faults(what: str, names: list[str]) -> str:
+    return f"{what} {', '.join(names)}" if names else ""
 
 
 def validated(
-    bundles: dict[int, StaticScales], spec: "CacheSpec | None"
+    op: str,
+    file: str,
+    bundles: dict[int, StaticScales],
+    spec: "CacheSpec | None",
+    key: Callable[[int, str], str] = "layers.{}.{}".format,
 ) -> dict[int, StaticScales]:
-    """The bundles in the order of their layers; with a spec, validated and remarked on."""
+    """The bundles in the order of their layers; with a spec, validated and remarked on.
+
+    Args:
+        op: names the caller in errors.
+        file: that the bundles were read from, for errors.
+        bundles: of each layer.
+        spec: of the cache; None validates nothing.
+        key: from a layer and a field to the file's key, for errors.
+    """
     if spec is not None:
         for layer, scales in bundles.items():
-            for remark in scales.validate(spec, layer):
+            with _named(op, file, partial(key, layer), f"layer {layer}"):
+                remarks = scales.validate(spec, layer)
+            for remark in remarks:
                 # Points at the caller of the function that loads.
                 warnings.warn(f"layer {layer}: {remark}", ScaleWarning, stacklevel=3)
     return dict(sorted(bundles.items()))
+
+
+@contextmanager
+def _named(op: str, file: str, key: Callable[[str], str], layer: str) -> Iterator[None]:
+    """Give errors about a bundle the names of the file that it was read from."""
+    try:
+        yield
+    except ContractError as error:
+        field = re.match(r"(?:static\.)?([kv]_\w+)", error.argument)
+        named = layer if field is None else key(field[1]) + error.argument[field.end() :]
+        error.op, error.argument = op, named
+        error.got = f"{error.got} in {file}"
+        raise

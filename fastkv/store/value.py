@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from fastkv.store.counters import Reason
 from fastkv.store.keys import KEY_BYTES
-from fastkv.transfer.checksum import checksum
+from fastkv.transfer.xxh3 import checksum
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,51 +8,35 @@ import time
 
 import pytest
 
-from fastkv.calibrate.gguf import observe_llama
-from fastkv.calibrate.methods import Recipe, recommended
-from fastkv.calibrate.observe import Observer
+from fastkv.calibrate.methods import Recipe
 from fastkv.calibrate.source import load
 from fastkv.eval.bounds import CALIBRATION
 from fastkv.eval.errors import TextError
-from fastkv.eval.measure import Evaluation, Settings
-from fastkv.eval.source import Source
+from fastkv.eval.measure import Evaluation
+from fastkv.eval.settings import Settings
 from fastkv.eval.text import Span
 from fastkv.quant import QUANT_SPECS, Granularity
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    return Source.load(None, None, {})
-
-
-@pytest.fixture(scope="module")
-def observer(smollm2):
-    """Weighted by attention; min and max do not read the weights."""
-    observer = Observer(smollm2.model.num_layers, by_attention=True)
-    observe_llama(smollm2.model, [smollm2.ids[CALIBRATION.slice]], observer)
-    return observer
-
-
-def kl(smollm2, observer, name, recipe, layout):
-    row = QUANT_SPECS[name]
-    settings = Settings((row,), Span(0, 256), CALIBRATION, granularity=layout)
-    scales = {row: observer.scales(row, layout, recipe)}
-    return Evaluation(smollm2.model, smollm2.ids, settings).scored(scales).rows[0].kl
+def kls(smollm2, observer, name, recipes, layouts):
+    """KL of each recipe in each layout; None is the recommended one."""
+    formats = (QUANT_SPECS[name],)
+    settings = Settings(formats, Span(0, 256), CALIBRATION, granularities=layouts, recipes=recipes)
+    evaluation = Evaluation(smollm2.model, smollm2.ids, settings)
+    scales = {c: observer.scales(c.quant, c.layout, c.recipe) for c in evaluation.subjects}
+    return [row.kl for row in evaluation.scored(scales).rows]
 
 
 def test_the_search_beats_min_and_max_in_4_bits(smollm2, observer):
     """Over 3,072 tokens .076 and .101, and .067 with the positions of these."""
-    name, layout = "cache_int4_zp", Granularity.CHANNEL
-    best = kl(smollm2, observer, name, recommended(QUANT_SPECS[name], layout), layout)
-    assert best < 0.85 * kl(smollm2, observer, name, Recipe(), layout)
+    layouts = (Granularity.CHANNEL,)
+    best, plain = kls(smollm2, observer, "cache_int4_zp", (None, Recipe()), layouts)
+    assert best < 0.85 * plain
 
 
 def test_headroom_brings_int8_per_channel_below_per_head(smollm2, observer):
-    name = "cache_int8"
-    by_channel, by_head = (
-        kl(smollm2, observer, name, recommended(QUANT_SPECS[name], layout), layout)
-        for layout in (Granularity.CHANNEL, Granularity.HEAD)
-    )
+    layouts = (Granularity.CHANNEL, Granularity.HEAD)
+    by_channel, by_head = kls(smollm2, observer, "cache_int8", (None,), layouts)
     assert by_channel < 0.0021
     assert by_channel < by_head
 
@@ -65,9 +49,11 @@ def test_a_text_shorter_than_asked_is_named(tmp_path):
 
 
 def test_ctrl_c_leaves_no_file(tmp_path):
-    command = [sys.executable, "-c", "from fastkv.cli import main; main()", "calibrate"]
+    # What a shell starts in the background ignores Ctrl-C, and so do its children.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{heed}; from fastkv.cli import main; main()"]
     options = ["--format", "cache_int8", "-o", str(tmp_path / "s.safetensors")]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "calibrate", *options], stderr=subprocess.DEVNULL)
     time.sleep(4)
     assert process.poll() is None  # it works for much longer
     process.send_signal(signal.SIGINT)

@@ -49,13 +49,9 @@ def attend(
     Raises:
         ContractError: anything that fastkv does not serve. Nothing was written then.
     """
-    cache, layer_idx, keys = _paged(key)
     _refuse(module, attention_mask, dropout, kwargs)
-    cache.bind(module, layer_idx, query, keys, value)
     requests, heads, new, dim = query.shape
-    layer, batch = cache.step(layer_idx, new)
-    parts = [x.transpose(1, 2).reshape(requests * new, -1) for x in (query, keys, value)]
-    q = fastkv_torch.rope_write_kv(torch.cat(parts, dim=-1), layer, **batch)
+    q, layer, batch = write(module, query, key, value)
     out = fastkv_torch.paged_attention(
         q,
         layer,
@@ -69,6 +65,29 @@ def attend(
     return out.view(requests, new, heads, dim), None
 
 
+def write(module: Any, query: Any, key: Any, value: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Write a layer's new keys and values into its pages, and attend to nothing.
+
+    Args:
+        module: as in `attend`, like all that follows.
+        query: likewise.
+        key: likewise.
+        value: likewise.
+
+    Returns:
+        The queries `[B * S, Hq, D]`, the layer's cache, the step's batch tensors.
+
+    Raises:
+        ContractError: not what the cache serves. Nothing was written then.
+    """
+    cache, layer_idx, keys = _paged(key)
+    cache.bind(module, layer_idx, query, keys, value)
+    requests, _, new, _ = query.shape
+    layer, batch = cache.step(layer_idx, new)
+    parts = [x.transpose(1, 2).reshape(requests * new, -1) for x in (query, keys, value)]
+    return fastkv_torch.rope_write_kv(torch.cat(parts, dim=-1), layer, **batch), layer, batch
+
+
 def intervals(
     *,
     batch_size: int,
@@ -77,12 +96,14 @@ def intervals(
     attention_mask: Any = None,
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
+    local_size: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The keys that each row may see, from a padding mask; made once a forward.
+    """The keys that each row may see, from a padding mask and a window; made once a forward.
 
-    Causality and windows are the attention's; a mask adds where a request's own keys begin and
-    end. Padding on the left and on the right has that form.
+    Causality is the attention's; a mask adds where a request's own keys begin and end. Padding on
+    the left and on the right has that form. A window is put into the mask too, once there are more
+    keys than it holds: some models (PhiMoE) tell it to their mask and not to their attention.
 
     Args:
         batch_size: B.
@@ -91,10 +112,11 @@ def intervals(
         attention_mask: bool `[B, kv_length]`, or None.
         allow_is_causal_skip: False where the model's mask is not the plain causal one.
         use_vmap: True where it is a function of the caller's.
+        local_size: keys that a row sees, its own included; None: all.
         **kwargs: what other implementations need.
 
     Returns:
-        int32 `[B * S, 2]`, or None without a mask.
+        int32 `[B * S, 2]`, or None where causality says it all.
 
     Raises:
         UnsupportedError: another mask than causal, window and padding; a request whose tokens are
@@ -104,8 +126,13 @@ def intervals(
     """
     if use_vmap or not allow_is_causal_skip:
         raise _unsupported("attention_mask", "causal, with or without a window", "another mask")
-    if attention_mask is None:
+    window = None if local_size is None or kv_length <= local_size else local_size
+    if attention_mask is None and window is None:
         return None
+    if attention_mask is None:
+        attention_mask = torch.ones(
+            batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device")
+        )
     if tuple(attention_mask.shape) != (batch_size, kv_length):
         raise ShapeError(
             _OP,
@@ -120,7 +147,12 @@ def intervals(
     if not torch.compiler.is_compiling() and (q_length > 1 or not seen.is_cuda):
         _require_one_piece(end - start == count)
     both = torch.stack([start, end], dim=-1).to(torch.int32)
-    return both[:, None].expand(batch_size, q_length, 2).reshape(batch_size * q_length, 2)
+    rows = both[:, None].expand(batch_size, q_length, 2)
+    if window is not None:
+        at = torch.arange(kv_length - q_length, kv_length, dtype=torch.int32, device=both.device)
+        first = torch.maximum(rows[..., 0], at - (window - 1))
+        rows = torch.stack([torch.minimum(first, rows[..., 1]), rows[..., 1]], dim=-1)
+    return rows.reshape(batch_size * q_length, 2)
 
 
 def _require_one_piece(whole: Any) -> None:
@@ -140,6 +172,12 @@ def _paged(key: Any) -> tuple[Any, int, Any]:
             "a fastkv.integrations.transformers.PagedCache",
             "no cache or another one",
         )
+    if key.taken:
+        # A second write would count the step's tokens twice, and another layer's would mix them.
+        raise _unsupported(
+            "model", "one attention over the keys of a layer", "a second one over the same keys"
+        )
+    key.taken = True
     return key.cache, key.layer_idx, key.keys
 
 

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 
 from fastkv.backends import select_backend
+from fastkv.contracts.numbers import is_integer
+from fastkv.contracts.presence import require_kind
 from fastkv.errors import (
     DtypeError,
     MissingTensorError,
     PlacementError,
     ShapeError,
+    SpecError,
     SpecMismatchError,
     SurplusTensorError,
     UnsupportedError,
@@ -36,6 +39,10 @@ def require_formats(formats: Formats) -> tuple[QuantSpec, ...]:
 
 def require_scales(rows: tuple[QuantSpec, ...], scales: Scales) -> None:
     """Scales for static formats, and for no others."""
+    if scales is not None:
+        require_kind(OP, "scales", scales, Mapping)
+        for layer, bundle in scales.items():
+            require_kind(OP, f"scales[{layer}]", bundle, StaticScales)
     static = next((row for row in rows if row.needs_static), None)
     if static is not None and scales is None:
         raise MissingTensorError(
@@ -54,6 +61,44 @@ def require_scales(rows: tuple[QuantSpec, ...], scales: Scales) -> None:
             expected="None: no layer's format has static scales",
             got=f"scales of {len(scales)} layers",
         )
+
+
+def model_shape(config: Any) -> tuple[int, int, int]:
+    """Hq, Hkv and D by a text model's config."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def require_options(
+    rows: tuple[QuantSpec, ...], page_size: int, reserve: int, scale_dtype: str
+) -> None:
+    """What no model can make right: a page size, a reserve or a dtype of scales that is none."""
+    formats = tuple(row.name for row in rows)
+    CacheSpec(len(rows), 1, 2, page_size, formats, scale_dtype=scale_dtype)
+    if not is_integer(reserve) or reserve < 0:
+        raise SpecError(OP, "reserve", expected="an integer of at least 0", got=repr(reserve))
+
+
+def require_model(model: Any, name: str) -> None:
+    """Raise for what the first attention would refuse in a model, as far as it shows before.
+
+    Args:
+        model: whose cache this will be.
+        name: of the attention that it must have.
+    """
+    config = model.config.get_text_config()
+    layers = [module for module in model.modules() if hasattr(module, "layer_idx")]
+    causal = all(getattr(module, "is_causal", True) for module in layers)
+    checks = (
+        ("attn_implementation", repr(name), repr(config._attn_implementation)),
+        ("model", "model.eval()", "a model in training" if model.training else "model.eval()"),
+        ("is_causal", "True", str(causal)),
+        ("kv_lora_rank", "None: keys are cached", repr(getattr(config, "kv_lora_rank", None))),
+    )
+    for argument, expected, got in checks:
+        if got != expected.partition(":")[0]:
+            raise UnsupportedError(OP, argument, expected=expected, got=got)
 
 
 @dataclass(frozen=True)
@@ -104,7 +149,7 @@ class Bound:
             ContractError: heads, head dim, dtype, kinds of layers or scales that do not fit.
             SelectionError: no kernel serves them on the device.
         """
-        _require_served_layers(config)
+        require_served_layers(config)
         batch, query_heads, heads, dim = shape
         layers, name = config.num_hidden_layers, str(dtype).removeprefix("torch.")
         spec = CacheSpec(layers, heads, dim, page_size, formats, name, scale_dtype)
@@ -146,7 +191,8 @@ class Bound:
                 )
 
 
-def _require_served_layers(config: Any) -> None:
+def require_served_layers(config: Any) -> None:
+    """Raise `UnsupportedError` for layers whose attention is not full or over a window."""
     kinds = getattr(config, "layer_types", None) or ()
     other = next((kind for kind in kinds if kind not in _SERVED_LAYERS), None)
     if getattr(config, "attention_chunk_size", None) is not None:

@@ -6,17 +6,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 
 from fastkv.cache import LayerCache
 from fastkv.errors import ContractError, ShapeError, UnsupportedError
 from fastkv.integrations.transformers.binding import (
     Bound,
     Formats,
+    model_shape,
     require_formats,
+    require_model,
+    require_options,
     require_scales,
 )
-from fastkv.integrations.transformers.layers import PagedKeys, PagedLayer
+from fastkv.integrations.transformers.layers import AttentionOnly, PagedKeys, PagedLayer
 from fastkv.integrations.transformers.pages import Copies, Pages
 from fastkv.integrations.transformers.storage import Storage
 from fastkv.quant import QuantType
@@ -26,7 +28,7 @@ from fastkv.scales import StaticScales
 _AHEAD = 256
 
 
-class PagedCache(Cache):  # type: ignore[misc]
+class PagedCache(AttentionOnly):
     """The KV cache of a model of transformers in fastkv's pages, in any format.
 
     Hand it to `generate(past_key_values=…)` or to the model, whose attn_implementation must be
@@ -48,6 +50,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         UnknownNameError: a format that nobody knows.
         MissingTensorError: a static format, and no scales.
         SurplusTensorError: scales, and no static format.
+        SpecError: a page size, a reserve or a dtype of scales that is none.
     """
 
     def __init__(
@@ -59,7 +62,9 @@ class PagedCache(Cache):  # type: ignore[misc]
         reserve: int = 0,
         scale_dtype: str = "float32",
     ) -> None:
-        require_scales(require_formats(format), scales)
+        rows = require_formats(format)
+        require_scales(rows, scales)
+        require_options(rows, page_size, reserve, scale_dtype)
         super().__init__(layers=[])
         self.length = 0
         self._wanted = (format, scales, page_size, scale_dtype)
@@ -89,11 +94,9 @@ class PagedCache(Cache):  # type: ignore[misc]
         Raises:
             ContractError, SelectionError: as the first attention.
         """
+        require_model(model, "fastkv")
         config = model.config.get_text_config()
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        shape = (batch_size, heads, kv_heads, dim)
+        shape = (batch_size, *model_shape(config))
         self._start(Bound.of(config, shape, model.dtype, model.device, *self._wanted))
         self._allocate(0)
         for layer in range(self.spec.num_layers):

@@ -127,7 +127,13 @@ def _attention(plain: Callable[..., tuple[Any, Any]], paged_cache: Any) -> Any:
         layer, batch = allocator.layers[module.layer_idx], allocator.batch(kwargs)
         rows = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)]
         q = fastkv_torch.rope_write_kv(torch.cat(rows, dim=-1), layer, **batch)
-        options = {"scale": scaling, "soft_cap": kwargs.get("softcap")}
+        sinks = kwargs.get("s_aux")
+        options = {
+            "scale": scaling,
+            "window": kwargs.get("sliding_window") or None,
+            "soft_cap": kwargs.get("softcap"),
+            "sinks": None if sinks is None else sinks.float(),
+        }
         return fastkv_torch.paged_attention(q, layer, **batch, **options)[None], None
 
     return attend

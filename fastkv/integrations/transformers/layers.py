@@ -3,7 +3,7 @@
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from fastkv.errors import UnsupportedError
 from fastkv.integrations.transformers.binding import OP
@@ -23,6 +23,7 @@ class PagedKeys:
         self.cache = cache
         self.layer_idx = layer_idx
         self.keys = keys
+        self.taken = False  # by an attention
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # of protocols, which others look for everywhere
@@ -34,6 +35,39 @@ class PagedKeys:
             got=f"code that looks at keys.{name}",
             hint="Call model.set_attn_implementation('fastkv').",
         )
+
+
+class AttentionOnly(Cache):  # type: ignore[misc]
+    """A cache of keys and values alone: what other layers ask of a cache is refused by name."""
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the state of a convolution."""
+        _refuse_state("get_conv_state")
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the state of a convolution."""
+        _refuse_state("update_conv_state")
+
+    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the state of a recurrent layer."""
+        _refuse_state("get_recurrent_state")
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the state of a recurrent layer."""
+        _refuse_state("update_recurrent_state")
+
+    def update_indexer(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: keys of an indexer, which chooses keys."""
+        _refuse_state("update_indexer")
+
+
+def _refuse_state(method: str) -> NoReturn:
+    raise UnsupportedError(
+        OP,
+        "model",
+        expected="layers that cache keys and values",
+        got=f"one that keeps another state ({method})",
+    )
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]

@@ -7,7 +7,7 @@ import numpy as np
 import paddle
 import pytest
 
-from fastkv import arrays
+from fastkv import CacheSpec, arrays
 from fastkv.errors import (
     ContractError,
     MissingTensorError,
@@ -15,6 +15,8 @@ from fastkv.errors import (
     UnsupportedError,
 )
 from fastkv.integrations import fastdeploy
+from fastkv.integrations.fastdeploy import masks
+from fastkv.integrations.fastdeploy.requests import rows_of
 from helpers import oracle
 from helpers.batches import floats, running_sum
 from helpers.fastdeploy_engine import MIXTURE, Engine, tensor
@@ -333,3 +335,30 @@ def test_nothing_to_do_for_the_ops_of_a_prompt(requests, rows):
     assert (out == 5.0).all()
     assert (k_cache == 7.0).all()
     assert not q.any()
+
+
+def test_a_window_narrows_intervals_and_widens_none():
+    offsets = paddle.to_tensor(np.array([[0, 9], [6, 9], [3, 4], [5, 5]], np.int32))
+    got = masks.intervals("op", "mask_offset", offsets, 4, window=4)
+    assert got.tolist() == [[5, 9], [6, 9], [3, 4], [5, 5]]
+
+
+def test_rows_before_the_first_request_and_behind_the_last_are_nobodys():
+    served = paddle.to_tensor([True, False, True])
+    sums = paddle.to_tensor(np.array([2, 3, 5, 6], np.int32))
+    got = rows_of(served, sums, 8)
+    assert got.tolist() == [False, False, True, False, False, True, False, False]
+
+
+def test_an_idle_request_has_no_gathered_rows():
+    spec = CacheSpec(1, 2, 16, 16, "none")
+    batch = SimpleNamespace(
+        caches=spec.allocate(4, library="paddle"),
+        seq_lens_encoder=int32(3, 0, 2),
+        seq_lens_decoder=int32(0, 7, 4),
+        seq_lens_this_time=int32(3, 0, 2),
+        cu_seqlens_q=int32(0, 3, 3, 5),
+        block_tables=int32([0], [1], [2]),
+    )
+    meta = fastdeploy.meta_from(batch, spec)
+    assert (meta.num_decode, meta.total_k, meta.cu_seqlens_k.tolist()) == (0, 9, [0, 3, 3, 9])

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A rank that disagrees, is late or dies gives an error on the others, within the deadline."""
 
-import pytest
+import weakref
 
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastkv.distributed import group_of
 from helpers.ranks import run_ranks
 
 TIMEOUT = 2.0  # of the workers
@@ -62,3 +67,20 @@ def test_a_dead_rank_is_noticed(ranks):
         assert " of 4 did not get" in said
         assert seconds < 20
     assert ranks[3] is None
+
+
+def test_a_group_is_not_kept_alive_beyond_its_end(tmp_path):
+    """What torch's destroy_process_group does not free outlives it, threads and all."""
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        kept = weakref.ref(dist.group.WORLD)
+        group = group_of(dist.group.WORLD)
+        assert [part.tolist() for part in group.all_gather(torch.ones(2), blocking=True)] == [
+            [1.0, 1.0]
+        ]
+    finally:
+        dist.destroy_process_group()
+    assert kept() is None
+    with pytest.raises(RuntimeError, match="the process group was destroyed"):
+        group.all_gather(torch.ones(2), blocking=True)

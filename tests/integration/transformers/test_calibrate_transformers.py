@@ -6,7 +6,8 @@ from inspect import signature
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertModel,
@@ -86,10 +87,27 @@ def test_what_cannot_be_calibrated_is_refused(llama, text, tmp_path):
     folder = str(saved(llama, tmp_path / "llama"))
     with pytest.raises(ContractError, match="--window: expected at most 64"):
         load(folder, path, None, 65)
+    short = tmp_path / "short.txt"
+    short.write_text("w1")
+    with pytest.raises(TextError, match=r"short\.txt: expected at least two tokens, got 1"):
+        load(folder, short, None, 60)
     with pytest.raises(TextError, match=r"--tokens 0:101 of words.txt: expected 101 tokens"):
         load(folder, path, "0:101", 60)
     with pytest.raises(ContractError, match="--model: expected a GGUF file or a transformers"):
         load(str(tmp_path / "nothing"), path, None, 60)
+    weights = tmp_path / "llama" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["layers.1.self_attn.k_proj.weight"] = torch.ones(8, 32)
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ContractError, match="--model: expected a GGUF file or a transformers"):
+        load(folder, path, None, 60)
+    del tensors["layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ContractError, match=r"none of layers\.1\.self_attn\.k_proj\.weight in"):
+        load(folder, path, None, 60)
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ContractError, match=r"--model: expected .* got Error while deserializing"):
+        load(folder, path, None, 60)
     bert = BertModel(
         BertConfig(
             vocab_size=91,
@@ -102,3 +120,19 @@ def test_what_cannot_be_calibrated_is_refused(llama, text, tmp_path):
     source = load(str(saved(bert, tmp_path / "bert")), path, None, 60)
     with pytest.raises(UnsupportedError, match=r"causal attention.*got BertSelfAttention"):
         source.run(Observer(1))
+
+
+def test_the_first_token_that_the_tokenizer_adds_counts_for_the_longest_sequence(
+    llama, text, tmp_path
+):
+    path, ids = text
+    folder = saved(llama, tmp_path / "llama")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, bos_token="w0")
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="w0 $A", special_tokens=[("w0", 0)]
+    )
+    tokenizer.save_pretrained(folder)
+    source = load(str(folder), path, None, 63)
+    assert [s.tolist() for s in source.sequences] == [[0, *ids[:63]], [0, *ids[63:]]]
+    with pytest.raises(ContractError, match="--window: expected at most 63"):
+        load(str(folder), path, None, 64)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The custom ops, and a whole model over them in one graph."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -128,3 +130,18 @@ def test_a_model_is_one_graph():
     assert caches[1].length == caches[0].length == 18
     for mine, other in zip(caches[1].keys_values(1), caches[0].keys_values(1), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_rope_is_traced_with_its_style(interleaved):
+    batch = batch_of("none")
+    cache, meta = as_arguments(batch)
+    qkv, rope = as_torch(batch.qkv), as_torch(replace(batch.rope, interleaved=interleaved))
+    named = dict(zip(("cu_seqlens_q", "cache_seqlens", "block_table"), meta, strict=True))
+
+    def write(x):
+        return fastkv_torch.rope_write_kv(x, cache, **named, rope=rope)
+
+    want = write(qkv)
+    compiled = torch.compile(write, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(qkv), want)

@@ -5,7 +5,13 @@ import logging
 
 import pytest
 import torch
-from transformers import GenerationConfig, MistralConfig
+from transformers import (
+    Gemma2Config,
+    GenerationConfig,
+    GptOssConfig,
+    GraniteConfig,
+    MistralConfig,
+)
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import cache as cb_cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -66,6 +72,35 @@ def test_each_request_gets_the_tokens_that_it_gets_alone(form):
         got = batched(model, inputs)
     assert got == want
     assert model.config._attn_implementation == "fastkv"
+
+
+OPTIONS = {
+    "scale": GraniteConfig(**SHAPE, attention_multiplier=0.9),
+    "soft cap": Gemma2Config(
+        **SHAPE,
+        head_dim=16,
+        layer_types=["full_attention"] * 3,
+        attn_logit_softcapping=1.0,
+        query_pre_attn_scalar=1,
+        tie_word_embeddings=False,  # tied, this model repeats its last token
+    ),
+    "sinks": GptOssConfig(
+        **SHAPE, head_dim=16, layer_types=["full_attention"] * 3, num_local_experts=4
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_the_models_attention_arrive(monkeypatch, name):
+    model, inputs = tiny(OPTIONS[name]), requests()[:3]
+    for layer in model.model.layers:
+        if name == "sinks":
+            layer.self_attn.sinks.data.fill_(4.0)
+    # A model with sinks says that it lacks sdpa, the name that is taken over here.
+    monkeypatch.setattr(type(model), "_supports_sdpa", True)
+    want = alone(model, inputs, lambda: PagedCache(page_size=16))
+    with continuous_batching(model):
+        assert batched(model, inputs) == want
 
 
 def test_blocks_hold_what_the_format_needs():

@@ -8,6 +8,7 @@ from transformers import (
     GPT2Config,
     GptOssConfig,
     MistralConfig,
+    PhimoeConfig,
     Qwen3Config,
 )
 
@@ -69,6 +70,7 @@ def test_an_assistant_whose_guesses_are_taken_back():
 
 FAMILIES = {
     "sliding window": (MistralConfig, {"sliding_window": 8}),
+    "window of the mask alone": (PhimoeConfig, {"sliding_window": 8, "num_local_experts": 4}),
     "norm of q and k": (Qwen3Config, {"head_dim": 32}),
     "soft cap": (Gemma2Config, {"head_dim": 16, "sliding_window": 8}),
     "sinks": (GptOssConfig, {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4}),

@@ -5,7 +5,9 @@ import pytest
 import torch
 from transformers import (
     DeepseekV3Config,
+    DiffLlamaConfig,
     DynamicCache,
+    FalconH1Config,
     Gemma3TextConfig,
     GPT2Config,
     Llama4TextConfig,
@@ -101,7 +103,17 @@ def test_a_head_dim_that_the_format_cannot_pack(scales):
 
 @pytest.mark.parametrize("page_size", [0, -1, 1.5])
 def test_a_page_size_that_cannot_be(page_size):
-    refused(ContractError, lambda: read(tiny(), PagedCache(page_size=page_size)), "page_size")
+    refused(ContractError, lambda: PagedCache(page_size=page_size), "page_size")
+
+
+def test_options_that_no_model_can_make_right():
+    refused(ContractError, lambda: PagedCache("block_wise_fp8", scale_dtype="int8"), "scale_dtype")
+    for reserve in (-1, "many", 1.5):
+        refused(SpecError, lambda reserve=reserve: PagedCache(reserve=reserve), "reserve")
+    for scales, argument in (([1, 2, 3], "scales"), ({0: 1}, "scales[0]")):
+        refused(
+            ContractError, lambda scales=scales: PagedCache("cache_int8", scales=scales), argument
+        )
 
 
 def test_calibration_from_an_empty_cache():
@@ -163,6 +175,35 @@ def test_a_model_whose_keys_are_not_what_it_caches():
         num_experts_per_tok=2, moe_intermediate_size=32,
     )  # fmt: skip
     refused(UnsupportedError, lambda: read(tiny(config), PagedCache()), "attn_implementation")
+    refused(UnsupportedError, lambda: PagedCache().prepare(tiny(config), 2), "kv_lora_rank", "16")
+
+
+def test_prepare_refuses_what_the_first_attention_would():
+    cases = (
+        (tiny(attention="sdpa"), "attn_implementation"),
+        (tiny().train(), "model"),
+        (
+            tiny(Gemma3TextConfig(**SHAPE, head_dim=16, use_bidirectional_attention=True)),
+            "is_causal",
+        ),
+    )
+    for model, argument in cases:
+        cache = PagedCache()
+        refused(UnsupportedError, lambda: cache.prepare(model, 2), argument)  # noqa: B023
+        assert cache.spec is None
+
+
+def test_a_model_that_attends_twice_to_the_keys_of_a_layer():
+    # The second attention would write them behind the first one's, and see them twice.
+    model = tiny(DiffLlamaConfig(**SHAPE))
+    refused(UnsupportedError, lambda: read(model, PagedCache()), "model", "a second one")
+
+
+def test_a_model_with_layers_that_keep_another_state():
+    config = FalconH1Config(**SHAPE, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_state=8)
+    cache = PagedCache()
+    refused(UnsupportedError, lambda: read(tiny(config), cache), "model", "get_conv_state")
+    assert cache.length == 0
 
 
 # What fastkv does not compute
@@ -232,6 +273,16 @@ def test_intervals_of_masks():
     for other in ({"use_vmap": True}, {"allow_is_causal_skip": False}):
         with pytest.raises(UnsupportedError):
             intervals(batch_size=4, q_length=2, kv_length=4, **other)
+
+
+def test_intervals_of_a_window():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+    got = intervals(batch_size=3, q_length=2, kv_length=4, attention_mask=mask, local_size=2)
+    assert got.tolist() == [[2, 4], [2, 4], [1, 4], [2, 4], [1, 1], [1, 1]]
+    assert got.dtype == torch.int32
+    got = intervals(batch_size=1, q_length=2, kv_length=4, local_size=3, device="cpu")
+    assert got.tolist() == [[0, 4], [1, 4]]
+    assert intervals(batch_size=1, q_length=2, kv_length=4, local_size=4) is None
 
 
 # Cropping and reordering

@@ -12,8 +12,11 @@ from fastkv.errors import (
     CollectiveError,
     ContractError,
     FastKVError,
+    FingerprintError,
+    MalformedError,
     MissingDependencyError,
     SelectionError,
+    TransferError,
     unknown_name,
 )
 
@@ -31,19 +34,29 @@ BUILT_IN = {
     "MissingDependencyError": ImportError,
     "SelectionError": ValueError,
     "CollectiveError": RuntimeError,
+    "BlockIdError": IndexError,
+    "FingerprintError": ValueError,
+    "MalformedError": ValueError,
+    "TransferError": RuntimeError,
     "MissingTensorError": ValueError,
 }
 
 
+#: Arguments of the classes that are no `ContractError`.
+SAMPLES = {
+    FastKVError: ("something",),
+    SelectionError: ("'auto' on cpu", [("append", "no a; no b"), ("flash", "no c")]),
+    MissingDependencyError: ("A torch tensor", "torch", "pip install 'fastkv[torch]'"),
+    CollectiveError: ("merge", 1, 2, "timed out"),
+    FingerprintError: ("connect", [("head_dim", "64", "128"), ("model", "'a'", "'b'")]),
+    MalformedError: ("Fingerprint.decode", "no JSON"),
+    TransferError: ("Endpoint.connect", "no hello within 5 s"),
+}
+
+
 def one_of(cls):
-    if cls is FastKVError:
-        return cls("something")
-    if cls is SelectionError:
-        return cls("'auto' on cpu", [("append", "no a; no b"), ("flash", "no c")])
-    if cls is MissingDependencyError:
-        return cls("A torch tensor", "torch", "pip install 'fastkv[torch]'")
-    if cls is CollectiveError:
-        return cls("merge", 1, 2, "timed out")
+    if cls in SAMPLES:
+        return cls(*SAMPLES[cls])
     return cls(
         "gather_kv", "cache.k", expected="a tensor", got="None", format="cache_int8", hint="Do so."
     )

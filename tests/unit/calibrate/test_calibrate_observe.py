@@ -8,6 +8,7 @@ from fastkv import CacheSpec
 from fastkv.calibrate.gguf import observe_llama, split_halves
 from fastkv.calibrate.methods import Recipe
 from fastkv.calibrate.observe import Observer
+from fastkv.calibrate.report import ranges
 from fastkv.calibrate.source import cut
 from fastkv.errors import MissingTensorError, ScaleError, ShapeError
 from fastkv.quant import QUANT_SPECS
@@ -202,3 +203,15 @@ def test_every_layer_is_announced():
         observer.add(layer, *activations(np.random.default_rng(), 9), 1.0)
     observer.scales(QUANT_SPECS["cache_fp8"], None, Recipe(), told.append)
     assert told == [f"{what} layer {i}" for what in ("observe", "scales of") for i in (0, 1)]
+
+
+def test_covered_is_the_larger_end_of_what_the_codes_reach():
+    observer, row = Observer(1), QUANT_SPECS["cache_int4_zp"]
+    q, k, v = activations(np.random.default_rng(5), 50)
+    k, v = -np.abs(k) - 1, np.abs(v) + 1  # the larger end is the lowest code's in K alone
+    observer.add(0, q, k, v, 1.0)
+    scales = observer.scales(row, None, Recipe())
+    found = ranges(observer, scales, row)
+    for side, x in (("k", k), ("v", v)):
+        np.testing.assert_allclose(found[side].covered[0], np.abs(x).max(axis=(0, 2)), rtol=0.1)
+        np.testing.assert_array_equal(found[side].amax[0], np.abs(x).max(axis=(0, 2)))

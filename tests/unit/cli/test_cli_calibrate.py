@@ -168,6 +168,12 @@ def test_json_alone_goes_to_standard_output(monkeypatch, capsys, tmp_path, tiny)
         (("--json", "no/such/rows.json"), "rows.json"),
         (("--plot", "no/such/r.png"), "r.png"),
         (("--plot", "r.xyz"), "--plot: expected a name that ends in"),
+        (("--json", "./s.safetensors"), "--json: expected another file than --output"),
+        (("-o", "r.png", "--plot", "r.png"), "--plot: expected another file than --output"),
+        (("--plot", "r.svg", "--json", "r.svg"), "--plot: expected another file than --json"),
+        (("--percentile", "99"), "--percentile: expected --method percentile, which reads it"),
+        (("--weights", "attention"), "--weights: expected --method percentile or mse, which"),
+        (("--method", "percentile", "--k-power", "3"), "--k-power: expected --method mse, which"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
 )

@@ -11,6 +11,7 @@ import pytest
 
 from fastkv.cli import main
 from fastkv.eval import source, text
+from fastkv.eval.serve import NumpyModel
 from fastkv.quant import QUANT_SPECS
 from helpers import plain_llama
 
@@ -32,7 +33,7 @@ def tiny(monkeypatch):
 
     def put(is_default):
         rng = np.random.default_rng(21)
-        model = plain_llama.random_llama(rng)
+        model = NumpyModel(plain_llama.random_llama(rng))
         ids = rng.integers(0, 97, 22_048)
         loaded = source.Source(model, ids, None, "tiny 1", "t.txt", "00", is_default)
         monkeypatch.setattr(source.Source, "load", lambda *_: loaded)
@@ -75,6 +76,12 @@ def test_eval_exits_with_1_when_the_default_model_misses(monkeypatch, capsys, ti
         (("--tokens", "1"), "--tokens: expected at least 2, got 1"),
         (("--tokens", "9", "--score", "0:9"), "--tokens: expected --tokens or --score, got both"),
         (("--granularity", "page"), "--granularity: expected one of head, channel"),
+        (("--method", "minmax,best"), "--method: expected one of minmax"),
+        (("--peers", "hqq"), "--peers: expected one of quanto4-g64"),
+        (("--peers", "fp8", "--chunk", "100"), "--chunk: expected a divisor of 128"),
+        (("--peers", "fp8", "--prefill", "0"), "--prefill: expected at least 1"),
+        (("--prefill", "3071"), "--prefill: expected 0 to 3070, of the 3072 tokens"),
+        (("--engine", "jax", "--model", "x.gguf"), "--engine: expected one of numpy, transf"),
         (("--backend", "flsh"), "Did you mean 'flash'?"),
         (("--headroom", "0"), "--headroom: expected finite and > 0"),
         (("--dtype", "int3"), "dtype: expected one of"),

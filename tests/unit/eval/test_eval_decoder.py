@@ -67,22 +67,6 @@ def test_append_reads_even_the_newest_key_from_the_cache():
     assert off["append"] > 1e-2
 
 
-def test_kept_are_the_layers_keys_after_rope_and_values():
-    rng = np.random.default_rng(6)
-    model = plain_llama.random_llama(rng, layers=1, rotary=8)
-    ids = rng.integers(0, 97, PAGE_SIZE + 5)
-    session = Session(model, eval_spec(model, "none"), {}, len(ids))
-    session.hidden(ids[:30])
-    session.hidden(ids[30:])
-    w = {name: value.astype(np.float64) for name, value in model.weights.items()}
-    own = {name.split(".")[2]: x for name, x in w.items() if name.startswith("blk.0.")}
-    h = plain_llama.norm(w["token_embd.weight"][ids], own["attn_norm"], model.eps)
-    for got, want in zip(
-        session.kept(0), plain_llama.keys_and_values(model, w, own, h), strict=True
-    ):
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
-
-
 def test_silu_of_a_very_negative_number_is_zero_without_a_warning():
     from fastkv.eval.decoder import silu
 

@@ -8,7 +8,9 @@ import pytest
 
 from fastkv.calibrate.methods import Recipe
 from fastkv.eval.bounds import BOUNDS, bounds_for, missed
-from fastkv.eval.measure import Evaluation, Row, Settings, Table
+from fastkv.eval.measure import Evaluation, Row, Table
+from fastkv.eval.serve import NumpyModel
+from fastkv.eval.settings import Settings
 from fastkv.eval.text import Span
 from fastkv.quant import QUANT_SPECS, Granularity
 from helpers import plain_llama
@@ -19,12 +21,17 @@ SETTINGS = Settings(FORMATS, Span(0, 120), Span(150, 300), chunk=50)
 
 @pytest.fixture(scope="module")
 def model():
-    return plain_llama.random_llama(np.random.default_rng(11))
+    return NumpyModel(plain_llama.random_llama(np.random.default_rng(11)))
 
 
 @pytest.fixture(scope="module")
 def ids():
     return np.random.default_rng(12).integers(0, 97, 400)
+
+
+def by_format(scales):
+    """What was calibrated, where each format is calibrated in one way."""
+    return {cache.quant: found for cache, found in scales.items()}
 
 
 def perplexity(logits, targets):
@@ -41,7 +48,7 @@ def measured(model, ids):
 
 
 def test_float32_perplexity_is_the_plain_decoders(model, ids, measured):
-    want = perplexity(plain_llama.logits(model, ids[:120])[:-1], ids[1:120])
+    want = perplexity(plain_llama.logits(model.llama, ids[:120])[:-1], ids[1:120])
     assert measured[1].perplexity == pytest.approx(want, rel=1e-5)
 
 
@@ -93,11 +100,12 @@ def test_scales_come_from_the_calibration_tokens_alone(model, ids):
 
 def test_granularity_and_headroom_reach_the_formats_that_have_them(model, ids):
     formats = (QUANT_SPECS["cache_int8"], QUANT_SPECS["cache_fp8"])
-    settings = replace(SETTINGS, formats=formats, granularity=Granularity.CHANNEL)
-    by_channel = Evaluation(model, ids, settings).calibrated()
+    settings = replace(SETTINGS, formats=formats, granularities=(Granularity.CHANNEL,))
+    by_channel = by_format(Evaluation(model, ids, settings).calibrated())
     assert by_channel[formats[0]][1].k_dequant.shape == (2, 16)
     assert by_channel[formats[1]][1].k_dequant.shape == (2,)
-    wide = Evaluation(model, ids, replace(settings, recipe=Recipe(headroom=2.0))).calibrated()
+    doubled = replace(settings, recipes=(Recipe(headroom=2.0),))
+    wide = by_format(Evaluation(model, ids, doubled).calibrated())
     for quant in formats:
         doubled = 2 * by_channel[quant][1].k_dequant
         np.testing.assert_allclose(wide[quant][1].k_dequant, doubled, rtol=1e-6)
@@ -118,20 +126,18 @@ def test_a_bos_token_begins_every_sequence(model, ids):
     settings = replace(SETTINGS, formats=(QUANT_SPECS["none"],))
     table = Evaluation(model, ids, settings, bos=42).run()
     sequence = np.concatenate([[42], ids[:120]])
-    want = perplexity(plain_llama.logits(model, sequence)[:-1], sequence[1:])
+    want = perplexity(plain_llama.logits(model.llama, sequence)[:-1], sequence[1:])
     assert table.perplexity == pytest.approx(want, rel=1e-5)
 
 
 def test_dropped_scales_are_seen(model, ids):
     quant = QUANT_SPECS["cache_int8"]
     evaluation = Evaluation(model, ids, replace(SETTINGS, formats=(quant,)))
-    scales = evaluation.calibrated()
-    swapped = {
-        i: replace(s, k_quant=s.v_quant, k_dequant=s.v_dequant) for i, s in scales[quant].items()
-    }
-    dropped = {i: replace(s, v_dequant=np.ones_like(s.v_dequant)) for i, s in scales[quant].items()}
+    ((cache, scales),) = evaluation.calibrated().items()
+    swapped = {i: replace(s, k_quant=s.v_quant, k_dequant=s.v_dequant) for i, s in scales.items()}
+    dropped = {i: replace(s, v_dequant=np.ones_like(s.v_dequant)) for i, s in scales.items()}
     good, clipped, unscaled = (
-        evaluation.scored({quant: s}).rows[0].kl for s in (scales[quant], swapped, dropped)
+        evaluation.scored({cache: s}).rows[0].kl for s in (scales, swapped, dropped)
     )
     assert good * 5 < clipped
     assert good * 50 < unscaled
@@ -141,17 +147,17 @@ def test_dropped_scales_are_seen(model, ids):
 def test_each_layer_reads_its_own_scales(model, ids, layer):
     quant = QUANT_SPECS["cache_fp8"]
     evaluation = Evaluation(model, ids, replace(SETTINGS, formats=(quant,)))
-    scales = evaluation.calibrated()[quant]
+    ((cache, scales),) = evaluation.calibrated().items()
     wrong = replace(scales[layer], v_dequant=3 * scales[layer].v_dequant)
     good, bad = (
-        evaluation.scored({quant: s}).rows[0].kl for s in (scales, {**scales, layer: wrong})
+        evaluation.scored({cache: s}).rows[0].kl for s in (scales, {**scales, layer: wrong})
     )
     assert bad > 5 * good
 
 
 def test_fixed_bytes_follow_the_granularity(model, ids):
     formats = (QUANT_SPECS["cache_int8"],)
-    settings = replace(SETTINGS, formats=formats, granularity=Granularity.CHANNEL)
+    settings = replace(SETTINGS, formats=formats, granularities=(Granularity.CHANNEL,))
     (row,) = Evaluation(model, ids, settings).run().rows
     assert row.granularity == "channel"
     assert row.fixed_bytes == 4 * 2 * 2 * 3 * 2 * 16  # float32, a pair, K and V, layers, heads, D
@@ -169,15 +175,17 @@ def row(name, kl):
 def test_bounds_hold_for_the_documented_settings_only():
     assert bounds_for(DOCUMENTED) is BOUNDS[Span(0, 3072)]
     assert bounds_for(replace(DOCUMENTED, score=Span(0, 256))) is BOUNDS[Span(0, 256)]
-    assert bounds_for(replace(DOCUMENTED, granularity=Granularity.HEAD)) is not None
+    assert bounds_for(replace(DOCUMENTED, granularities=(Granularity.HEAD,))) is not None
     for change in (
         {"score": Span(0, 300)},
         {"calibrate": Span(0, 2048)},
         {"backend": "flash"},
         {"dtype": "bfloat16"},
-        {"recipe": Recipe(headroom=1.1)},
-        {"recipe": Recipe("mse")},
-        {"granularity": Granularity.CHANNEL},
+        {"recipes": (Recipe(headroom=1.1),)},
+        {"recipes": (Recipe("mse"),)},
+        {"recipes": (Recipe(), Recipe("mse"))},
+        {"prefill": 8},
+        {"granularities": (Granularity.CHANNEL,)},
     ):
         assert bounds_for(replace(DOCUMENTED, **change)) is None, change
 

@@ -14,8 +14,10 @@ from safetensors.numpy import save_file
 
 from fastkv import CacheSpec
 from fastkv.errors import (
+    ContractError,
     DtypeError,
     FastKVError,
+    LayerIndexError,
     MissingTensorError,
     ScaleError,
     ScaleWarning,
@@ -150,6 +152,25 @@ def test_surplus_layer_is_refused(tmp_path):
     with pytest.raises(SurplusTensorError) as caught:
         load_scales(tmp_path / "f", spec())
     assert caught.value.format == "block_wise_fp8"
+    assert caught.value.argument == "layer 1"
+    assert str(tmp_path / "f") in caught.value.got
+
+
+def test_layer_beyond_the_model_and_field_at_fault_are_named_with_the_file(tmp_path):
+    path = tmp_path / "f"
+    save_scales(path, bundles() | {len(FORMATS): bundles()[0]})
+    with pytest.raises(LayerIndexError) as caught:
+        load_scales(path, spec())
+    assert f"layer {len(FORMATS)}: expected 0 to" in str(caught.value)
+    assert str(path) in str(caught.value)
+    some = {f"layers.0.{name}": np.ones(2, np.float32) for name in FIELDS[:5]}
+    for left, word in ((some, "v_zp"), ({**some, "layers.0.odd": some["layers.0.k_zp"]}, "odd")):
+        save_file(left, path, {"format": "fastkv.static_scales.v1"})
+        with pytest.raises(ContractError) as caught:
+            load_scales(path)
+        assert "layers.0" in caught.value.argument
+        assert word in str(caught.value)
+        assert str(path) in caught.value.got
 
 
 @pytest.mark.parametrize(
@@ -167,8 +188,11 @@ def test_bundles_are_validated(tmp_path, layer, change, error):
     assert list(load_scales(tmp_path / "f")) == sorted(bad)
     with pytest.raises(error) as caught:
         load_scales(tmp_path / "f", spec())
-    assert caught.value.op == f"StaticScales.validate(layer_id={layer})"
+    # File, layer, key, expected, got.
+    assert caught.value.op == "load_scales"
+    assert caught.value.argument.startswith(f"layers.{layer}.k_quant")
     assert caught.value.format == FORMATS[layer]
+    assert caught.value.got.endswith(f" in {tmp_path / 'f'}")
 
 
 def test_remark_is_a_warning_at_the_caller(tmp_path):
@@ -262,7 +286,8 @@ def test_incomplete_and_unknown_fields_are_named(tmp_path, names, got):
     save_file(tensors, tmp_path / "f", {"format": "fastkv.static_scales.v1"})
     with pytest.raises(ScaleError) as caught:
         load_scales(tmp_path / "f")
-    assert (caught.value.argument, caught.value.got) == ("layers.7", got)
+    assert caught.value.argument == "layers.7"
+    assert caught.value.got == f"{got} in {tmp_path / 'f'}"
 
 
 def test_one_zero_point_of_two_is_refused(tmp_path):
