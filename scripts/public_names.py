@@ -29,6 +29,7 @@ MODULES = (
     "fastkv.ops",
     "fastkv.testing",
     "fastkv.testing.conformance",
+    "fastkv.store",
     "fastkv.transfer",
 )
 

@@ -89,7 +89,7 @@ def _hash(before: bytes, data: "bytes | memoryview") -> bytes:
     return state.digest()
 
 
-def _token_bytes(tokens: Any) -> memoryview:
+def _token_bytes(tokens: Any) -> bytes:
     """Token ids as little-endian int64, whatever their width was."""
     import numpy as np
 
@@ -103,4 +103,4 @@ def _token_bytes(tokens: Any) -> memoryview:
             "page_keys", "tokens", expected="ids below 2**63", got=str(int(ids.max()))
         )
     wide = np.ascontiguousarray(ids, np.int64)
-    return memoryview(wide if sys.byteorder == "little" else wide.byteswap()).cast("B")
+    return (wide if sys.byteorder == "little" else wide.byteswap()).tobytes()

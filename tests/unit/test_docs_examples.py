@@ -11,7 +11,7 @@ from helpers.pages import STORIES, blocks, run_story
 ROOT = Path(__file__).resolve().parents[2]
 # What needs transformers, ranks or an engine: tests/integration/transformers, …/torch and
 # tests/transfer run it. The blocks of a story run in order.
-ELSEWHERE = {"transformers.md", "distributed.md", "transfer.md", *STORIES}
+ELSEWHERE = {"transformers.md", "distributed.md", "transfer.md", "store.md", *STORIES}
 # Titles of the blocks that other suites run, with the library or device that they need.
 TITLES = {"With Paddle", "With PyTorch", "On a GPU"}
 DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name not in ELSEWHERE)

@@ -74,7 +74,7 @@ def test_two_batches_exist_at_a_time():
     def tasks():
         for i in range(6):
             made.append(i)
-            yield lambda _: i
+            yield lambda _, i=i: i
 
     for read, _ in enumerate(channel.run(tasks(), PATIENCE)):
         assert len(made) == min(read + 2, 6)
