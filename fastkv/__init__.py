@@ -26,7 +26,6 @@ _PUBLIC = {
     "errors": "fastkv.errors",
     "ops": "fastkv.ops",
     "testing": "fastkv.testing",
-    "transfer": "fastkv.transfer",
     "warmup": "fastkv.warming",
 }
 
@@ -44,12 +43,11 @@ __all__ = [
     "errors",
     "ops",
     "testing",
-    "transfer",
     "warmup",
 ]
 
 if TYPE_CHECKING:
-    from fastkv import backends, distributed, errors, ops, testing, transfer
+    from fastkv import backends, distributed, errors, ops, testing
     from fastkv.batch import BatchMeta
     from fastkv.cache import LayerCache
     from fastkv.quant import QuantSpec, QuantType
