@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages whose figures a script writes: each block stands between `<!-- name -->` and
-`<!-- /name -->`; the rest is written by hand. performance.py and formats.py use it.
+`<!-- /name -->`; the rest is written by hand. performance.py, formats.py and others use it.
 """
 
 from collections.abc import Iterable, Mapping

@@ -40,10 +40,10 @@ class Flight:
             self.reason = reason
             self.settled.set_result(whole)
 
-    def drop(self) -> None:
+    def drop(self, reason: str) -> None:
         """Do not post it, if it is not posted yet."""
         if not self.posted:
-            self.end(False, "not begun")
+            self.end(False, reason)
 
 
 class Mover:

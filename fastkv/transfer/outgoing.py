@@ -62,6 +62,9 @@ class Attempt:
 
     def hear(self, message: "Message | None") -> None:
         """Called with the peer's word, or None where it is gone."""
+        if message is None:
+            for flight in self.flights:  # nothing more goes to a peer whose blocks may come back
+                flight.drop("the peer is gone")
         if not self.replies.full():  # no peer has this many words about one transfer
             self.replies.put_nowait(message)
 
@@ -161,7 +164,7 @@ class Attempt:
 
     def _conclude(self, task: "asyncio.Future[None]") -> bool:
         for flight in self.flights:
-            flight.drop()
+            flight.drop("not begun")
         whole = False
         if not task.done():
             task.cancel()

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/scale.md and the speeds of docs/transfer.md stand for the committed result."""
+
+import copy
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from fastkv import CacheSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("scale_page", ROOT / "scripts/scale_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+scale_page = load_script()
+PAGES, RESULT = scale_page.load()
+SCALE = PAGES[ROOT / "docs" / "scale.md"]
+
+
+def test_the_pages_show_the_result():
+    assert scale_page.problems(PAGES, RESULT) == []
+
+
+@pytest.mark.parametrize("field", ["push_GBps", "raw_GBps", "push_ratio", "part_bytes"])
+def test_another_result_is_noticed(field):
+    other = copy.deepcopy(RESULT)
+    other["rows"][0][field] *= 3
+    assert any("block parts is not" in text for text in scale_page.problems(PAGES, other))
+
+
+def test_the_assumptions_are_those_of_the_tables():
+    said = (
+        f"{scale_page.LAYERS} layers, {scale_page.HEADS} KV heads, D {scale_page.DIM}; pages of "
+        f"{scale_page.PAGE} tokens"
+    )
+    assert said in SCALE
+    assert f"A prompt has {scale_page.PROMPT:,} tokens" in SCALE
+    assert f"computes {scale_page.RATE:,} prompt tokens a second" in SCALE
+    assert scale_page.SHARED == 0.5
+    assert f"a link of {scale_page.LINK} GB/s, {8 * scale_page.LINK} Gbit/s" in SCALE
+
+
+def test_the_fleet_by_hand():
+    """One prefill GPU, bf16: 20,000 tokens a second of 131,072 bytes, half of them hits."""
+    assert CacheSpec(32, 8, 128, 16).bytes_per_token() == 131_072
+    row = re.search(r"^\| 1 \| `none` \| (.*) \|$", SCALE, re.M)
+    out, link, hits, hour = row[1].split(" | ")
+    assert float(out) == pytest.approx(20_000 * 131_072 / 1e9, rel=0.02)
+    assert link == f"{100 * 20_000 * 131_072 / 50e9:.1f} %"
+    assert float(hits) == pytest.approx(10_000 * 131_072 / 1e9, rel=0.03)
+    assert float(hour) == pytest.approx(10_000 * 131_072 * 3600 / 1e12, rel=0.02)
+    pages = 10_000 * 10_000 * 3600 / 16
+    assert f"{pages / 1e9:.1f} billion" in SCALE
+    assert f"{32 * pages / 1e12:.1f} TB of names" in SCALE
+
+
+def test_links_hold_at_most_a_half():
+    shares = [float(share) for share in re.findall(r"\| ([\d.]+) % \|", SCALE)]
+    assert len(shares) == 12
+    assert max(shares) < 50
