@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fastkv.errors import FastKVError
-from fastkv.transfer import BlockState, Endpoint, Fingerprint, Regions, TransferState
+from fastkv.transfer import BlockState, Endpoint, Fingerprint, Progress, Regions, TransferState
 from helpers.steered_engine import SteeredEngine
 from helpers.transfer import block_bytes, random_caches, spec_of
 
@@ -57,6 +57,14 @@ class Side:
             raw = array.view(np.uint8)
             raw[ids] = rng.integers(0, 256, raw[ids].shape, np.uint8)
 
+    def block_at(self, address):
+        """The block that holds an address; None where it is the other side's."""
+        for region in self.endpoint.regions.regions:
+            i, inside = divmod(address - region.address, region.stride)
+            if 0 <= i < BLOCKS and inside < region.nbytes:
+                return i
+        return None
+
     def free(self, ids):
         for i in ids:
             del self.owned[int(i)]
@@ -67,6 +75,10 @@ def _scales():
     from fastkv import StaticScales
 
     return StaticScales(*(np.full((1, 8), 2.0, np.float32) for _ in range(6)))
+
+
+def moving(move):
+    return move.progress is Progress.MOVING
 
 
 class Faults(RuleBasedStateMachine):
@@ -132,7 +144,7 @@ class Faults(RuleBasedStateMachine):
         self.pause()
 
     def moves(self):
-        return [move for side in self.sides for move in side.engine.moves if move.pairs]
+        return [move for side in self.sides for move in side.engine.moves if moving(move)]
 
     @rule(which=st.integers(0, 50), how=st.sampled_from(["step", "finish", "fail", "corrupt"]))
     def engine_does(self, which, how):
@@ -140,6 +152,20 @@ class Faults(RuleBasedStateMachine):
         if moves:
             getattr(moves[which % len(moves)], how)()
             self.pause()
+
+    @rule(corrupt=st.booleans())
+    def all_lands(self, corrupt):
+        """Every transfer runs to its end, whole or with bytes that never came."""
+        for _ in range(100):
+            moves = self.moves()
+            if not moves:
+                break
+            for move in moves:
+                if corrupt:
+                    move.corrupt()
+                    corrupt = False
+                move.finish()
+            self.pause(0.002)
 
     @rule(seconds=st.sampled_from([0.01, 0.06, 0.35]))
     def time_passes(self, seconds):
@@ -203,6 +229,15 @@ class Faults(RuleBasedStateMachine):
             free = {i for i in range(BLOCKS) if side.endpoint.ledger.state(i) is BlockState.FREE}
             assert not free & set(side.owned)
 
+    @invariant()
+    def what_the_engine_still_touches_is_not_free(self):
+        for move in self.moves():
+            for pair in move.pairs:
+                for side in self.sides:
+                    for address in pair[:2]:
+                        i = side.block_at(address)
+                        assert i is None or side.endpoint.ledger.state(i) is not BlockState.FREE
+
     def teardown(self):
         try:
             for _ in range(400):  # the next part is posted when one has landed
@@ -232,7 +267,7 @@ class Faults(RuleBasedStateMachine):
 
 
 Faults.TestCase.settings = settings(
-    max_examples=int(os.environ.get("FASTKV_FAULT_SEQUENCES", "30")),
+    max_examples=int(os.environ.get("FASTKV_FAULT_SEQUENCES", "25")),
     stateful_step_count=20,
     deadline=None,
     suppress_health_check=list(HealthCheck),
