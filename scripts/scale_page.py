@@ -129,7 +129,7 @@ def moves(document: Document) -> str:
 
 def fleet() -> str:
     """Traffic and store of a fleet of prefill GPUs."""
-    head = ("Prefill GPUs", "Format", "GB/s to decode", "Of the links", "GB/s from the store")
+    head = ("Prefill GPUs", "Format", "GB/s to decode", "Sent, of the links", "GB/s from the store")
     head = (*head, "Store of an hour, TB")
     lines = [line(head), rule(len(head))]
     for gpus in FLEETS:
@@ -143,7 +143,7 @@ def fleet() -> str:
                 f"{gpus:,}",
                 f"`{quant}`",
                 f"{out / 1e9:,.1f}",
-                f"{100 * out / links:.1f} %",
+                f"{100 * (out + new) / links:.1f} %",
                 f"{hits / 1e9:,.1f}",
                 f"{new * HOUR / 1e12:,.1f}",
             )
