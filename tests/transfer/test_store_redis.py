@@ -86,6 +86,15 @@ def test_small_batches_give_the_same(server):
     assert [second.block(i) for i in range(PAGES)] == [first.block(i) for i in range(PAGES)]
 
 
+@pytest.mark.parametrize("batch", [1, 2, 4096])
+@pytest.mark.parametrize(("kept", "leading"), [((0, 1, 3, 4), 2), ((1, 2), 0), ((0, 1, 4, 5), 2)])
+def test_a_match_ends_at_the_first_gap(server, monkeypatch, batch, kept, leading):
+    monkeypatch.setattr("fastkv.store.store._MATCH_BATCH", batch)
+    cache = Cache(server.url, seed=8)
+    assert all(cache.store.put([KEYS[i] for i in kept], kept).done)
+    assert cache.store.match(KEYS) == leading
+
+
 def names(server):
     return redis.Redis.from_url(server.url).keys("fastkv:*")
 
