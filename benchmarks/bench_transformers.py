@@ -14,8 +14,7 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache
 
+from fastkv.calibrate.transformers import attention
 from fastkv.integrations.transformers import PagedCache, calibrate
 from fastkv.quant import QUANT_SPECS
 from gpu import report
@@ -218,16 +218,6 @@ def forward(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
 
 def random_ids(model: Any, batch: int, length: int) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, (batch, length), device=model.device)
-
-
-@contextmanager
-def attention(model: Any, name: str) -> Iterator[None]:
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def synchronize(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from marked_page import rewrite, rule, shown
+from marked_page import rewrite, shown, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "eval_transformers.json"
@@ -48,23 +48,21 @@ def run(document: Document) -> str:
 def peers(document: Document) -> str:
     """One line a cache."""
     head = ("Cache", "Scales", "Exact", "B/token", "Held", "KL", "Perplexity", "Top-1 %")
-    lines = [line(head), rule(len(head))]
+    lines = []
     for row in document["rows"]:
         lines.append(
-            line(
-                (
-                    f"`{row['format']}`",
-                    scales(row),
-                    exact(row),
-                    f"{row['bytes_per_token']:,}",
-                    f"{row['held_per_token']:,.0f}",
-                    f"{row['kl']:.4f}" if row["kl"] > 1e-7 else "0",
-                    f"{row['perplexity']:.3f}",
-                    f"{100 * row['top1']:.1f}",
-                )
+            (
+                f"`{row['format']}`",
+                scales(row),
+                exact(row),
+                f"{row['bytes_per_token']:,}",
+                f"{row['held_per_token']:,.0f}",
+                f"{row['kl']:.4f}" if row["kl"] > 1e-7 else "0",
+                f"{row['perplexity']:.3f}",
+                f"{100 * row['top1']:.1f}",
             )
         )
-    return "\n".join(lines)
+    return table(head, lines)
 
 
 def scales(row: Document) -> str:
@@ -79,10 +77,6 @@ def exact(row: Document) -> str:
     if row["window"]:
         parts.append(f"last {row['window']}")
     return ", ".join(parts) or "–"
-
-
-def line(cells: tuple[str, ...]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def problems(page: str, document: Document) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 from fastkv import CacheSpec
 from fastkv.backends.kernels import KERNELS
 from fastkv.quant import QUANT_SPECS, QuantSpec
-from marked_page import number, rewrite, rule, shown
+from marked_page import line, number, rewrite, rule, shown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -171,10 +171,6 @@ def cell(us: float | None, none: float) -> str:
 def words(shape: str) -> str:
     """A shape without its page size, which is one for all."""
     return re.sub(r" P16$", "", shape).replace("x", " × ", 1)
-
-
-def line(cells: tuple[str, ...]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def problems(page: str, documents: Mapping[str, Document], picture: Path = PICTURE) -> list[str]:

@@ -3,7 +3,7 @@
 `<!-- /name -->`; the rest is written by hand. performance.py, formats.py and others use it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def shown(page: str, names: Iterable[str]) -> dict[str, str]:
@@ -34,6 +34,16 @@ def rewrite(page: str, texts: Mapping[str, str]) -> str:
 def number(us: float) -> str:
     """Three digits."""
     return f"{us:.0f}" if us >= 100 else f"{us:.1f}" if us >= 10 else f"{us:.2f}"
+
+
+def line(cells: Sequence[str]) -> str:
+    """One line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells."""
+    return "\n".join([line(head), rule(len(head)), *map(line, rows)])
 
 
 def rule(columns: int) -> str:

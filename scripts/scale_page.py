@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkv import CacheSpec
-from marked_page import rewrite, rule, shown
+from marked_page import rewrite, shown, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "transfer.json"
@@ -64,7 +64,7 @@ def run(document: Document) -> str:
 def parts(rows: list[Document]) -> str:
     """Speed by the size of a block's part."""
     head = ("UCX", "Part", "Checksums", "NIXL alone, GB/s", "push", "pull")
-    lines = [line(head), rule(len(head))]
+    lines = []
     for row in rows:
         cells = (
             row["transport"],
@@ -74,14 +74,14 @@ def parts(rows: list[Document]) -> str:
             f"{row['push_GBps']:.2f} ({row['push_ratio']:.2f})",
             f"{row['pull_GBps']:.2f} ({row['pull_ratio']:.2f})",
         )
-        lines.append(line(cells))
-    return "\n".join(lines)
+        lines.append(cells)
+    return table(head, lines)
 
 
 def requests(rows: list[Document]) -> str:
     """One request in several formats."""
     head = ("UCX", "Format", "MB", "NIXL alone, ms", "push, ms", "of `none`")
-    lines = [line(head), rule(len(head))]
+    lines = []
     for row in rows:
         whole = next(
             r["push_s"] for r in rows if (r["format"], r["transport"]) == ("none", row["transport"])
@@ -94,24 +94,24 @@ def requests(rows: list[Document]) -> str:
             f"{1e3 * row['push_s']:.0f}",
             f"{row['push_s'] / whole:.2f}",
         )
-        lines.append(line(cells))
-    return "\n".join(lines)
+        lines.append(cells)
+    return table(head, lines)
 
 
 def per_token() -> str:
     head = ("Format", "Bytes a token", "MB a block", "MB a prompt")
-    lines = [line(head), rule(len(head))]
+    lines = []
     for quant in FORMATS:
         token = spec_of(quant).bytes_per_token()
         cells = (f"{token:,}", f"{token * PAGE / 1e6:.2f}", f"{token * PROMPT / 1e6:,.0f}")
-        lines.append(line((f"`{quant}`", *cells)))
-    return "\n".join(lines)
+        lines.append((f"`{quant}`", *cells))
+    return table(head, lines)
 
 
 def moves(document: Document) -> str:
     """What one pair of processes was measured at, in blocks of this model."""
     head = ("UCX", "Format", "GB/s", "Blocks a second", "ms a prompt")
-    lines = [line(head), rule(len(head))]
+    lines = []
     for row in document["rows"]:
         if row["kind"] == "request":
             token = spec_of(row["format"]).bytes_per_token()
@@ -123,15 +123,15 @@ def moves(document: Document) -> str:
                 f"{rate / (token * PAGE):,.0f}",
                 f"{1e3 * token * PROMPT / rate:,.0f}",
             )
-            lines.append(line(cells))
-    return "\n".join(lines)
+            lines.append(cells)
+    return table(head, lines)
 
 
 def fleet() -> str:
     """Traffic and store of a fleet of prefill GPUs."""
     head = ("Prefill GPUs", "Format", "GB/s to decode", "Sent, of the links", "GB/s from the store")
     head = (*head, "Store of an hour, TB")
-    lines = [line(head), rule(len(head))]
+    lines = []
     for gpus in FLEETS:
         for quant in FORMATS:
             token = spec_of(quant).bytes_per_token()
@@ -147,12 +147,8 @@ def fleet() -> str:
                 f"{hits / 1e9:,.1f}",
                 f"{new * HOUR / 1e12:,.1f}",
             )
-            lines.append(line(cells))
-    return "\n".join(lines)
-
-
-def line(cells: tuple[str, ...]) -> str:
-    return f"| {' | '.join(cells)} |"
+            lines.append(cells)
+    return table(head, lines)
 
 
 def problems(pages: Mapping[Path, str], document: Document) -> list[str]:

@@ -42,7 +42,6 @@ async def decode(server: Server) -> None:
     """Take requests as they come, and continue each."""
     async with _endpoint(server) as endpoint:
         emit("ready", port=await endpoint.listen(HOST))
-        # All prompts are computed one after the other, so the wait for the last is for all.
         requests = range(len(server.job.prompts))
         waiting = {asyncio.create_task(endpoint.receive(str(i))): i for i in requests}
         while waiting:

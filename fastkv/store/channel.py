@@ -107,7 +107,7 @@ class Channel:
             if not future.cancel():
                 self._trip(str(error) or "no answer within the deadline")
             raise NoAnswerError("timeout") from error
-        except Exception as error:
+        except Exception as error:  # a backend may raise whatever it likes
             self._trip(f"{type(error).__name__}: {error}")
             raise NoAnswerError("error") from error
 
@@ -115,7 +115,7 @@ class Channel:
         began = self._clock()
         try:
             self._backend.exists([_PROBE])
-        except Exception as error:
+        except Exception as error:  # as above
             self._trip(f"{type(error).__name__}: {error}")
             return
         if self._clock() - began > self._deadline:

@@ -118,7 +118,7 @@ class Tally:
         """What was counted until now."""
         with self._lock:
             return StoreCounters(
-                **self._sums,  # type: ignore[arg-type]
+                **self._sums,  # type: ignore[arg-type]  # named as the fields
                 misses=_ordered(self._misses),
                 dropped=_ordered(self._dropped),
                 state=state,

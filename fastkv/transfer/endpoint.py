@@ -306,7 +306,7 @@ class Endpoint:
             writer.close()
             reason = f"{peer_name(writer)}: no hello ({type(error).__name__})"
             raise TransferError(op, reason) from error
-        except BaseException:
+        except BaseException:  # a connection that is not a session's has no other owner
             writer.close()
             raise
 

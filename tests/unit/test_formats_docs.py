@@ -2,25 +2,17 @@
 """docs/choosing_a_format.md stands for the committed results, in its tables and in its words."""
 
 import copy
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
+import formats
 from fastkv.quant import QUANT_SPECS
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("formats", ROOT / "scripts/formats.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-formats = load_script()
 PAGE = formats.PAGE.read_text("utf-8")
 RESULTS = formats.load()
 QUALITY = {row["format"]: row for row in RESULTS["quality"]["rows"]}

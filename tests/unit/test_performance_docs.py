@@ -2,25 +2,17 @@
 """docs/performance.md stands for the committed results, and those for the kernels' sources."""
 
 import copy
-import importlib.util
 from pathlib import Path
 
 import pytest
 
+import performance
 from fastkv.ops.cuda import jit
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGEST = "0123456789abcdef"
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("performance", ROOT / "scripts/performance.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-performance = load_script()
 PAGE = performance.PAGE.read_text("utf-8")
 
 

@@ -2,25 +2,17 @@
 """docs/scale.md and the speeds of docs/transfer.md stand for the committed result."""
 
 import copy
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
+import scale_page
 from fastkv import CacheSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("scale_page", ROOT / "scripts/scale_page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-scale_page = load_script()
 PAGES, RESULT = scale_page.load()
 SCALE = PAGES[ROOT / "docs" / "scale.md"]
 

@@ -2,25 +2,17 @@
 """docs/eval.md stands for the committed comparison with QuantizedCache, in tables and in words."""
 
 import copy
-import importlib.util
 from pathlib import Path
 
 import pytest
 
+import eval_page
 from fastkv.eval.subject import PEERS
 from fastkv.quant import QUANT_SPECS
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("eval_page", ROOT / "scripts/eval_page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-eval_page = load_script()
 PAGE = eval_page.PAGE.read_text("utf-8")
 RESULT = eval_page.json.loads(eval_page.RESULT.read_text("utf-8"))
 ROWS = RESULT["rows"]
