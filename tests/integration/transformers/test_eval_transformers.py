@@ -51,7 +51,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ids():
-    return np.random.default_rng().integers(0, VOCABULARY, 300)
+    # The same ones: on one text in four an exact prefill is too little to tell the protocols apart.
+    return np.random.default_rng(3).integers(0, VOCABULARY, 300)
 
 
 def settings(*formats, peers=(), **options):
