@@ -137,9 +137,10 @@ struct Stream {
     }
   }
 
-  // The next tile has arrived for all lanes, and the stage of the one before it is free.
+  // The next tile, or with kAhead the one behind it, has arrived for all lanes, and the stage of the
+  // one before is free.
   __device__ __forceinline__ void wait() const {
-    wait_copies<kStages - 2>();
+    wait_copies<kStages - 2 - kAhead>();
     __syncwarp();
   }
   __device__ __forceinline__ u32 stage(int tile) const {
