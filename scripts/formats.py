@@ -181,7 +181,7 @@ def problems(
     digests: Mapping[str, str],
     picture: Path = PICTURE,
 ) -> list[str]:
-    """What on the page, or in its picture, differs from the results, or in them from the kernels."""
+    """What on the page, or in its picture, is not as the results or the kernels have it."""
     there, wanted = shown(page, BLOCKS), blocks(documents)
     found = kernel_sources.stale("benchmarks/results/decode.json", documents["time"], digests)
     found += [
