@@ -16,8 +16,8 @@ CODECS = "codecs"
 #: The macros that stand for a header, each with the folder that the header lies in.
 HEADER_MACROS = {"FASTKV_CODEC_HEADER": CODECS}
 
-_SPLICE = re.compile(r"\\[ \t]*\r?\n")
-_GAP = r"(?:[ \t\v\f]|/\*.*?\*/)*"
+_SPLICE = re.compile(r"\\[ \t]*\n")
+_GAP = r"(?:[ \t\v\f]|/\*(?:(?!\*/).)*\*/)*"
 # Not bound to the start of a line, where a comment may stand before the directive.
 _INCLUDE = re.compile(
     rf"(?:\#|%:){_GAP}(?:include|include_next|import)\b{_GAP}"
