@@ -51,8 +51,12 @@ def test_each_source_counts(path, copied):
     own.write_bytes(own.read_bytes() + b" ")
     after = digest()
     assert after != before
-    own.rename(own.with_stem("renamed"))
-    assert digest() not in (before, after)
+    renamed = own.rename(own.with_stem("renamed"))
+    then = digest()
+    assert then not in (before, after)
+    (copied / "elsewhere").mkdir()
+    renamed.rename(copied / "elsewhere" / renamed.name)
+    assert digest() not in (before, after, then)
 
 
 def test_options_are_in_one_order_whatever_the_caller_s():
