@@ -24,6 +24,7 @@ from gpu.data import FORMATS, Batch, Format, Pool, relative_difference
 from gpu.report import OWN, Report
 from gpu.timing import Timer, Timing, rotations
 
+OP = "paged_attention"
 # The peer's result may differ by this much of the norm: rounding to bf16, or XQA's e4m3 q and P.
 AGREE = {16: 0.02, 8: 0.10}
 
@@ -93,7 +94,7 @@ def main(
     if arguments.warm_one:
         warm.modules(report.PAGES)[arguments.warm_one]()
         return None
-    found = report.start("bench_decode", arguments, timer, device)
+    found = report.start("bench_decode", arguments, timer, device, kernels=[OP])
     if arguments.warm:
         prepare(found)
         return found
@@ -252,7 +253,7 @@ def add_rows(
         if case.queries > 1:
             more["TFLOPs"] = case.flops / own.us / 1e6
         size = case.batch * case.keys_read * token_bytes
-        found.add("paged_attention", fmt.label, case.shape(page), own, size, figures, **more)
+        found.add(OP, fmt.label, case.shape(page), own, size, figures, **more)
 
 
 if __name__ == "__main__":

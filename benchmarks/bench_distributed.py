@@ -29,6 +29,7 @@ from gpu.timing import Timing, rotations
 
 QUERY_HEADS, HEADS, DIM = 32, 8, 128
 WARM_UP = 3
+KERNELS = ("rope_write_kv", "paged_attention", "merge_states")
 AGREE = 0.01  # of the norm: merging rounds to bf16 once, like one GPU; the parts are in float32
 
 
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> Report:
     arguments = parse(argv)
     device = join(arguments)
     torch.manual_seed(arguments.seed)
-    found = report.start("bench_distributed", arguments, device=device.type)
+    found = report.start("bench_distributed", arguments, device=device.type, kernels=KERNELS)
     found.device = device
     found.ceilings = {"ranks": float(dist.get_world_size())}
     pages = (arguments.page,) if arguments.page else found.pages

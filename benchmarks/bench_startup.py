@@ -52,7 +52,8 @@ def main(
     if arguments.child:
         child(*arguments.child)
         return None
-    found = report.start("bench_startup", arguments, None, device)
+    kernels = ops_of(arguments)
+    found = report.start("bench_startup", arguments, None, device, kernels=kernels)
     go = partial(samples, runner or run, found.device)
     imports = found.attempt(IMPORT, partial(import_us, go, found.formats[0]))
     for op, fmt in cases(found):
@@ -71,14 +72,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def cases(found: Report) -> Iterable[tuple[str, Format]]:
     """Every op that has a CUDA kernel in the formats asked; two of both if `--quick`."""
-    from fastkv.ops.cuda import listing
-
-    quick = found.arguments.quick
-    formats = found.formats[:2] if quick else found.formats
+    formats = found.formats[:2] if found.arguments.quick else found.formats
     for fmt in formats:
-        for op in QUICK if quick else listing.launchers():
+        for op in ops_of(found.arguments):
             if op != WITHOUT_CACHE or fmt is formats[0]:
                 yield op, fmt
+
+
+def ops_of(arguments: argparse.Namespace) -> Sequence[str]:
+    """The ops to measure, each with the kernel of its name."""
+    from fastkv.ops.cuda import listing
+
+    return QUICK if arguments.quick else listing.launchers()
 
 
 def measure(

@@ -49,6 +49,8 @@ TINY = {
 CALIBRATE = 512
 WARM_UP = 4
 BASE = "DynamicCache sdpa"
+# Of the ops that PagedCache and its attention call.
+KERNELS = ("copy_pages", "gather_kv", "paged_attention", "rope_write_kv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +246,7 @@ def document(
         "command": " ".join(["python", "benchmarks/bench_transformers.py", *sys.argv[1:]]),
         "commit": report.commit(),
         "device": report.device_name(model.device),
-        "digest": report.sources_digest(),
+        **report.about_sources(KERNELS),
         "versions": report.versions() | peer_versions(),
         "model": {**(TINY if arguments.tiny else LLAMA_8B), "layers": arguments.layers},
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -17,8 +17,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import kernel_sources
 from fastkv import CacheSpec
 from fastkv.backends.kernels import KERNELS
+from fastkv.ops.cuda.jit import source_digests
 from fastkv.quant import QUANT_SPECS, QuantSpec
 from marked_page import line, number, rewrite, rule, shown
 
@@ -118,8 +120,8 @@ def runs(documents: Mapping[str, Document]) -> str:
             f"scored, scales from tokens {model['calibrate']}, headroom {model['headroom']:g}, "
             f"backend `{model['backend']}`, {model['chunk']} tokens a step, over the NumPy "
             "reference on a CPU.",
-            f"- **Time**: `paged_attention` of one layer on one {gpu['device']}, kernel sources "
-            f"`{gpu['digest']}`, commit `{gpu['commit']}`.",
+            f"- **Time**: one layer's attention on one {gpu['device']}, kernel sources "
+            f"{kernel_sources.listed([gpu])}, commit `{gpu['commit']}`.",
         )
     )
 
@@ -173,10 +175,16 @@ def words(shape: str) -> str:
     return re.sub(r" P16$", "", shape).replace("x", " × ", 1)
 
 
-def problems(page: str, documents: Mapping[str, Document], picture: Path = PICTURE) -> list[str]:
-    """What on the page, or in its picture, is not as the results have it."""
+def problems(
+    page: str,
+    documents: Mapping[str, Document],
+    digests: Mapping[str, str],
+    picture: Path = PICTURE,
+) -> list[str]:
+    """What on the page, or in its picture, is not as the results or the kernels have it."""
     there, wanted = shown(page, BLOCKS), blocks(documents)
-    found = [
+    found = kernel_sources.stale("benchmarks/results/decode.json", documents["time"], digests)
+    found += [
         f"docs/choosing_a_format.md: block {name} is not what the results say ({AGAIN})"
         for name in BLOCKS
         if there[name] != wanted[name]
@@ -256,7 +264,7 @@ def main() -> None:
         page = rewrite(page, blocks(documents))
         PAGE.write_text(page, "utf-8")
         draw(documents)
-    found = problems(page, documents)
+    found = problems(page, documents, source_digests())
     print("\n".join(found) or "docs/choosing_a_format.md is what the results say")
     raise SystemExit(bool(found))
 

@@ -3,7 +3,7 @@
 
     python scripts/gpu_report.py --json benchmarks/results/gpu_suite.json
 
-Exits with pytest's code. A test compares the committed report's digest with the sources'.
+Exits with pytest's code. A test compares the digests of the committed report with the sources'.
 """
 
 import argparse
@@ -74,11 +74,16 @@ def counts_of(junit: str) -> dict[str, int]:
 
 
 def about_sources(commit: str | None = None) -> dict[str, Any]:
-    """Digest of the kernels, version and commit."""
+    """Version, commit, and the digest of all kernel sources and of each kernel."""
     from fastkv import __version__
     from fastkv.ops.cuda import jit
 
-    return {"fastkv": __version__, "digest": jit.source_digest(), "commit": commit or head()}
+    return {
+        "fastkv": __version__,
+        "digest": jit.source_digest(),
+        "digests": jit.source_digests(),
+        "commit": commit or head(),
+    }
 
 
 def head() -> str | None:

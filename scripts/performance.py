@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkv.ops.cuda.jit import source_digest
+import kernel_sources
+from fastkv.ops.cuda.jit import source_digests
 from marked_page import number, rewrite, rule, shown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,12 +41,12 @@ def load(folder: Path = RESULTS) -> dict[str, Document]:
     }
 
 
-def stale(documents: Mapping[str, Document], digest: str) -> list[str]:
-    """Results of other kernel sources than `digest`."""
+def stale(documents: Mapping[str, Document], digests: Mapping[str, str]) -> list[str]:
+    """Results of other kernels than those with `digests`."""
     return [
-        f"benchmarks/results/{name}.json: measured on sources {document['digest']}, not {digest}"
+        text
         for name, document in documents.items()
-        if document["digest"] != digest
+        for text in kernel_sources.stale(f"benchmarks/results/{name}.json", document, digests)
     ]
 
 
@@ -60,10 +61,10 @@ def blocks(documents: Mapping[str, Document]) -> dict[str, str]:
 
 
 def runs(documents: Mapping[str, Document]) -> str:
-    """Device, versions, sources, ceilings and command of every run."""
+    """Device, kernels, ceilings, versions and command of every run; the kernels' sources."""
     if not documents:
         return NOTHING
-    head = "| Benchmark | Device | Kernel sources | Commit | Read, copy TB/s | Versions |"
+    head = "| Benchmark | Device | Kernels | Commit | Read, copy TB/s | Versions |"
     lines = [head, rule(6)]
     for name, document in documents.items():
         ceilings = document["ceilings"]
@@ -72,14 +73,15 @@ def runs(documents: Mapping[str, Document]) -> str:
         cells = (
             name,
             document["device"],
-            f"`{document['digest']}`",
+            ", ".join(f"`{kernel}`" for kernel in sorted(kernel_sources.digests_of(document))),
             f"`{document['commit']}`",
             ", ".join("–" if rate is None else f"{rate:.2f}" for rate in rates),
             versions,
         )
         lines.append(f"| {' | '.join(cells)} |")
     commands = "\n".join(f"{document['command']}" for document in documents.values())
-    return "\n".join(lines) + f"\n\n```console\n{commands}\n```"
+    sources = f"Kernel sources: {kernel_sources.listed(documents.values())}."
+    return "\n".join(lines) + f"\n\n{sources}\n\n```console\n{commands}\n```"
 
 
 def table(document: Document) -> str:
@@ -164,17 +166,17 @@ def compares_with_low_precision(row: Row) -> bool:
     return str(row["peer"]).startswith("XQA") and row["format"] != "none"
 
 
-def problems(page: str, documents: Mapping[str, Document], digest: str) -> list[str]:
-    """Why the page and the results do not stand for these sources; none if they do."""
-    found = stale(documents, digest)
+def problems(page: str, documents: Mapping[str, Document], digests: Mapping[str, str]) -> list[str]:
+    """Why the page and the results do not stand for these kernels' sources; none if they do."""
+    found = stale(documents, digests)
     there, wanted = shown(page, BLOCKS), blocks(documents)
     for name in BLOCKS:
         if there[name] != wanted[name]:
             found.append(f"docs/performance.md: block {name} is not what the results say")
     quoted = set(re.findall(r"`([0-9a-f]{16})`", page))
     found += [
-        f"docs/performance.md quotes sources {other}, not {digest}"
-        for other in sorted(quoted - {digest})
+        f"docs/performance.md quotes sources {other}, which are no kernel's"
+        for other in sorted(quoted - set(digests.values()))
     ]
     return found
 
@@ -255,7 +257,7 @@ def main() -> None:
         PAGE.write_text(page, "utf-8")
         if blocks(documents)["picture"] != NOTHING:
             draw(documents)
-    found = problems(page, documents, source_digest())
+    found = problems(page, documents, source_digests())
     print("\n".join(found) or "docs/performance.md stands for these sources and results")
     raise SystemExit(bool(found))
 

@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +33,7 @@ class Report:
         arguments: its command line.
         timer: the clock.
         device: where the data lies.
+        kernels: the CUDA kernels that it times.
         rows: as they are written; `ratio` is peer_us / us.
         errors: contenders that have no time, and why.
         ceilings: what the memory gives in this run.
@@ -43,6 +44,7 @@ class Report:
     arguments: argparse.Namespace
     timer: Timer
     device: torch.device
+    kernels: tuple[str, ...]
     rows: list[dict[str, Any]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     ceilings: dict[str, float] = field(default_factory=dict)
@@ -131,7 +133,7 @@ class Report:
             "command": " ".join(["python", *map(_relative, sys.argv)]),
             "commit": self.arguments.commit or commit(),
             "device": device_name(self.device),
-            "digest": sources_digest(),
+            **about_sources(self.kernels),
             "versions": versions(),
             "ceilings": self.ceilings,
             "peer_figures": _relative(str(self.arguments.peer_figures or "this run")),
@@ -187,12 +189,15 @@ def start(
     arguments: argparse.Namespace,
     timer: Timer | None = None,
     device: str = "cuda",
+    *,
+    kernels: Iterable[str],
 ) -> Report:
-    """The report of a run that begins."""
+    """The report of a run that begins; `kernels` are the CUDA kernels that it times."""
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"{name} needs an NVIDIA GPU that PyTorch sees")
     torch.manual_seed(arguments.seed)
-    report = Report(name, arguments, timer or GraphTimer(arguments.replays), torch.device(device))
+    clock = timer or GraphTimer(arguments.replays)
+    report = Report(name, arguments, clock, torch.device(device), tuple(kernels))
     if arguments.peer_figures is not None:
         earlier = json.loads(arguments.peer_figures.read_text("utf-8"))
         report.known = {
@@ -264,8 +269,12 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def sources_digest() -> str:
-    """Of the kernel sources that ran."""
+def about_sources(kernels: Iterable[str]) -> dict[str, Any]:
+    """The digest of all kernel sources, and of each kernel that ran.
+
+    These are the kernels that a benchmark says it times, and any other that this process loaded.
+    """
     from fastkv.ops.cuda import jit
 
-    return jit.source_digest()
+    ran = {*kernels, *jit.loaded_kernels()}
+    return {"digest": jit.source_digest(), "digests": jit.source_digests(ran)}

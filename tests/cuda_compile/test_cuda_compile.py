@@ -11,7 +11,7 @@ from multiprocessing import get_context
 import pytest
 
 from fastkv.backends.kernels import KERNELS
-from fastkv.ops.cuda import listing
+from fastkv.ops.cuda import jit, listing
 from helpers import nvrtc
 from helpers.calls import OPS
 
@@ -89,6 +89,16 @@ extern "C" __global__ void copy(const float* a, unsigned short* b) {
 
 def faults_of(source, arch="sm_90a"):
     return nvrtc.faults(nvrtc.compile_source(source, "control", (f"-arch={arch}",)), "copy")
+
+
+def test_a_header_that_the_kernel_s_digest_leaves_out_is_seen(monkeypatch):
+    what = next(what for what in listing.specializations() if what.kernel == "merge_states")
+    every = jit.sources("merge_states")
+    kept = [path for path in every if path.name != "rounding.cuh"]
+    assert len(kept) == len(every) - 1
+    monkeypatch.setattr(jit, "sources", lambda _: kept)
+    (fault,) = nvrtc.faults(nvrtc.compile_specialization(what, "sm_90a"), "merge_states")
+    assert 'cannot open source file "common/rounding.cuh"' in fault
 
 
 @pytest.mark.parametrize("arch", listing.ARCHITECTURES)

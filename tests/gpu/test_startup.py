@@ -20,7 +20,8 @@ folder = Path(os.environ["KERNELS"])
 jit.kernel_folder = lambda: folder
 result = gpu_call("paged_attention", "cache_int8").run()
 synchronize()
-print(json.dumps({"digest": jit.source_digest(), "out": snapshot(result)[0].hex()}))
+digest = jit.source_digest("paged_attention")
+print(json.dumps({"digest": digest, "out": snapshot(result)[0].hex()}))
 """
 
 

@@ -2,7 +2,10 @@
 """NVRTC without a GPU: from a specialization to a binary, and what the assembler says of it."""
 
 import re
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 # CuPy appends this to every compilation.
 CUPY_ADDS = ("-ftz=true",)
@@ -46,8 +49,23 @@ def compile_source(source: str, name: str, options: tuple[str, ...]) -> Compiled
 
 
 def compile_specialization(what, arch: str) -> Compiled:
-    """Compile a `fastkv.ops.cuda.jit.Specialization` as `jit` would, for any architecture."""
-    return compile_source(what.source, what.kernel, what.options(arch))
+    """Compile a `fastkv.ops.cuda.jit.Specialization` as `jit` would, for any architecture.
+
+    The headers lie in a folder that holds only what the kernel's digest covers: a header that is
+    included and not covered does not compile.
+    """
+    from fastkv.ops.cuda import jit
+
+    folder, options = jit.kernel_folder(), what.options(arch)
+    with TemporaryDirectory() as covered:
+        for path in jit.sources(what.kernel):
+            copy = Path(covered) / path.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        at = options.index(f"-I{folder}")
+        return compile_source(
+            what.source, what.kernel, (*options[:at], f"-I{covered}", *options[at + 1 :])
+        )
 
 
 def faults(compiled: Compiled, entry: str) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import formats
+from fastkv.ops.cuda import jit
 from fastkv.quant import QUANT_SPECS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PAGE = formats.PAGE.read_text("utf-8")
 RESULTS = formats.load()
+DIGESTS = jit.source_digests()
 QUALITY = {row["format"]: row for row in RESULTS["quality"]["rows"]}
 TIMES = formats.by_shape(RESULTS["time"]["rows"])
 EIGHT_BITS = ("cache_int8", "cache_fp8", "block_wise_fp8")
@@ -26,7 +28,7 @@ def times_of_none(shape):
 
 
 def test_page_and_picture_show_the_results():
-    assert formats.problems(PAGE, RESULTS) == []
+    assert formats.problems(PAGE, RESULTS, DIGESTS) == []
     assert "](choosing_a_format.svg)" in PAGE
 
 
@@ -105,15 +107,24 @@ def test_the_page_names_what_was_measured_on_what():
 def test_a_figure_that_differs_is_found(name, row, figure, found):
     changed = copy.deepcopy(RESULTS)
     changed[name]["rows"][row][figure] *= 0.9
-    problems = formats.problems(PAGE, changed)
+    problems = formats.problems(PAGE, changed, DIGESTS)
     assert ["picture" if ".svg" in text else text.split()[2] for text in problems] == found
 
 
 def test_another_device_is_found():
     changed = copy.deepcopy(RESULTS)
     changed["time"]["device"] = "another GPU"
-    (problem,) = formats.problems(PAGE, changed)
+    (problem,) = formats.problems(PAGE, changed, DIGESTS)
     assert "block runs" in problem
+
+
+def test_another_kernel_is_found_and_one_that_is_not_timed_is_not():
+    measured = DIGESTS["paged_attention"]
+    assert f"`paged_attention` `{measured}`" in formats.blocks(RESULTS)["runs"]
+    edited = dict.fromkeys(DIGESTS, "f" * 16) | {"paged_attention": measured}
+    assert formats.problems(PAGE, RESULTS, edited) == []
+    (problem,) = formats.problems(PAGE, RESULTS, DIGESTS | {"paged_attention": "f" * 16})
+    assert "decode.json: measured on paged_attention" in problem
 
 
 def test_a_written_page_is_written_once():

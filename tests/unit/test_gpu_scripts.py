@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import kernel_sources
 from fastkv.ops.cuda import jit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,6 +183,7 @@ def test_the_report_counts(script, tmp_path, monkeypatch, capfd):
     report = json.loads(written.read_text())
     assert (report["passed"], report["skipped"], report["failed"]) == (2, 1, 2)
     assert (report["digest"], report["commit"]) == (jit.source_digest(), "abc")
+    assert report["digests"] == {name: jit.source_digest(name) for name in jit.kernels()}
     assert report["device"] == {"name": "a GPU", "sm": 90}
     assert report["versions"]["numpy"]
     assert "2 passed, 1 skipped, 2 failed" in capfd.readouterr().out
@@ -211,14 +213,15 @@ def claim():
     return text.partition(begin)[2].partition(end)[0].strip()
 
 
-def statement(report):
-    """What the documentation says of a report."""
+def statement(report, kernels):
+    """What the documentation says of a report, where there are these kernels."""
     device = report["device"]
+    unseen = ", ".join(f"`{name}`" for name in kernels if name not in report["digests"])
     return (
         f"The committed report, `benchmarks/results/gpu_suite.json`: {report['passed']} passed, "
-        f"{report['skipped']} skipped,\n{report['failed']} failed on one {device['name']}; "
-        f"kernel sources `{report['digest']}`."
-    )
+        f"{report['skipped']} skipped,\n{report['failed']} failed on one {device['name']}. "
+        f"Kernel sources:\n{kernel_sources.listed([report])}."
+    ) + (f"\nThese kernels are newer and not in it: {unseen}." if unseen else "")
 
 
 def test_the_documentation_says_what_the_report_says():
@@ -226,8 +229,61 @@ def test_the_documentation_says_what_the_report_says():
         assert claim() == "No report of the GPU suite is committed."
         return
     report = json.loads(REPORT.read_text("utf-8"))
-    assert claim() == statement(report)
-    assert report["digest"] == jit.source_digest(), "the kernels changed since: run it again"
+    assert claim() == statement(report, jit.kernels())
+    stale = kernel_sources.stale(REPORT.name, report, jit.source_digests())
+    assert stale == [], "the kernels changed since: run it again"
     assert (report["failed"], report["skipped"], report["pytest_exit"]) == (0, 0, 0)
     assert report["arguments"] == ["tests/gpu"]
     assert report["passed"] >= 300
+
+
+def test_a_kernel_that_the_report_has_not_is_named():
+    report = json.loads(REPORT.read_text("utf-8"))
+    del report["digests"]["copy_pages"]
+    said = statement(report, ["copy_pages", "gather_kv", "later"])
+    assert said.endswith("\nThese kernels are newer and not in it: `copy_pages`, `later`.")
+    assert "`gather_kv` `" in said
+
+
+# --- scripts/kernel_sources.py ----------------------------------------------------------------
+
+PRESENT = {"gather_kv": "a" * 16, "copy_pages": "b" * 16}
+
+
+def stale(digests, ops=()):
+    result = {"digests": digests, "rows": [{"op": op} for op in ops]}
+    return kernel_sources.stale("x.json", result, PRESENT)
+
+
+def test_a_result_of_present_kernels_is_not_stale_whatever_else_there_is():
+    assert stale({"gather_kv": "a" * 16}, ["gather_kv", "an op without a kernel"]) == []
+    assert stale(PRESENT) == []
+
+
+@pytest.mark.parametrize(
+    ("digests", "ops", "said"),
+    [
+        ({"gather_kv": "c" * 16}, (), f"measured on gather_kv {'c' * 16}, not {'a' * 16}"),
+        ({"gather_kv": "b" * 16}, (), f"measured on gather_kv {'b' * 16}, not {'a' * 16}"),
+        ({"old": "c" * 16}, (), f"measured on old {'c' * 16}, not there any more"),
+        ({"gather_kv": "a" * 16}, ["copy_pages"], "has no digest of copy_pages"),
+        ({}, ["gather_kv"], "has no digest of any kernel"),
+        ({}, (), "has no digest of any kernel"),
+    ],
+)
+def test_a_result_of_other_kernels_is_stale(digests, ops, said):
+    assert f"x.json: {said}" in stale(digests, ops)
+
+
+def test_a_result_of_before_there_were_digests_of_kernels_is_stale():
+    assert kernel_sources.stale("x.json", {"digest": "a" * 16}, PRESENT) == [
+        "x.json: has no digest of any kernel"
+    ]
+
+
+def test_kernels_are_listed_once_unless_results_differ():
+    two = [{"digests": PRESENT}, {"digests": {"gather_kv": "a" * 16}}]
+    once = f"`copy_pages` `{'b' * 16}`, `gather_kv` `{'a' * 16}`"
+    assert kernel_sources.listed(two) == once
+    two[1]["digests"]["gather_kv"] = "c" * 16
+    assert kernel_sources.listed(two) == f"{once}, `gather_kv` `{'c' * 16}`"

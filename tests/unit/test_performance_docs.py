@@ -10,14 +10,19 @@ import performance
 from fastkv.ops.cuda import jit
 
 ROOT = Path(__file__).resolve().parents[2]
-DIGEST = "0123456789abcdef"
+DIGESTS = {
+    "paged_attention": "0123456789abcdef",
+    "rope_write_kv": "123456789abcdef0",
+    "gather_kv": "23456789abcdef01",
+    "merge_states": "3456789abcdef012",
+}
 
 
 PAGE = performance.PAGE.read_text("utf-8")
 
 
 def test_page_shows_the_results_of_these_sources():
-    assert performance.problems(PAGE, performance.load(), jit.source_digest()) == []
+    assert performance.problems(PAGE, performance.load(), jit.source_digests()) == []
 
 
 def test_picture_is_there_where_the_page_shows_it():
@@ -52,7 +57,7 @@ def result(*rows):
         "command": "python benchmarks/bench_decode.py",
         "commit": "abc1234",
         "device": "A GPU",
-        "digest": DIGEST,
+        "digests": {row["op"]: DIGESTS[row["op"]] for row in rows},
         "versions": {"fastkv": "0", "torch": "2.11", "driver": "580"},
         "ceilings": {"read_TBps": 3.11, "copy_TBps": 2.43},
         "rows": list(rows),
@@ -119,7 +124,7 @@ def test_startup_shows_seconds_cold_and_from_the_disk(documents):
 
 
 def test_startup_without_the_import_lists_what_failed(documents):
-    row = started("copy_pages", "none", "cold", 1.0, None)
+    row = started("gather_kv", "none", "cold", 1.0, None)
     failed = {**result(row), "errors": ["import cupy: ModuleNotFoundError: No module"]}
     text = performance.blocks({"startup": failed})["startup"]
     assert "Of every first call" not in text
@@ -142,9 +147,13 @@ def test_startup_says_what_it_aims_at():
 
 def test_runs_name_device_sources_versions_and_command(documents):
     text = performance.blocks(documents)["runs"]
-    for part in ("A GPU", DIGEST, "abc1234", "3.11, 2.43", "torch 2.11, driver 580", "–, –"):
+    for part in ("A GPU", "abc1234", "3.11, 2.43", "torch 2.11, driver 580", "–, –"):
         assert part in text
     assert text.count("python benchmarks/bench_decode.py") == 5
+    assert "| decode | A GPU | `paged_attention` |" in text
+    assert "| startup | A GPU | `merge_states`, `paged_attention` |" in text
+    sources = ", ".join(f"`{kernel}` `{DIGESTS[kernel]}`" for kernel in sorted(DIGESTS))
+    assert f"\n\nKernel sources: {sources}.\n\n" in text
 
 
 @pytest.mark.parametrize(("us", "text"), [(714.4, "714"), (99.94, "99.9"), (3.456, "3.46")])
@@ -167,7 +176,7 @@ def test_one_reason_is_one_line(documents):
 
 def test_a_written_page_has_no_problems_and_is_written_once(documents):
     page = performance.rewrite(PAGE, performance.blocks(documents))
-    assert performance.problems(page, documents, DIGEST) == []
+    assert performance.problems(page, documents, DIGESTS) == []
     assert performance.rewrite(page, performance.blocks(documents)) == page
     assert performance.rewrite(page, performance.blocks({})) == performance.rewrite(
         PAGE, performance.blocks({})
@@ -176,15 +185,40 @@ def test_a_written_page_has_no_problems_and_is_written_once(documents):
 
 def test_results_of_other_sources_are_found(documents):
     page = performance.rewrite(PAGE, performance.blocks(documents))
-    found = performance.problems(page, documents, "f" * 16)
-    assert len(found) == 6
-    assert found[0].startswith("benchmarks/results/decode.json: measured on sources 0123")
-    assert found[-1] == f"docs/performance.md quotes sources {DIGEST}, not {'f' * 16}"
+    edited = {**DIGESTS, "gather_kv": "f" * 16, "merge_states": "e" * 16}
+    measured = "benchmarks/results/{}.json: measured on {} {}, not {}".format
+    gathered, merged = (
+        (kernel, DIGESTS[kernel], edited[kernel]) for kernel in ("gather_kv", "merge_states")
+    )
+    assert performance.problems(page, documents, edited) == [
+        measured("gather", *gathered),
+        measured("host", *gathered),
+        measured("startup", *merged),
+        *(
+            f"docs/performance.md quotes sources {digest}, which are no kernel's"
+            for _, digest, _ in (gathered, merged)
+        ),
+    ]
+
+
+def test_a_kernel_that_no_result_times_changes_nothing(documents):
+    page = performance.rewrite(PAGE, performance.blocks(documents))
+    assert performance.problems(page, documents, DIGESTS | {"new": "f" * 16}) == []
+
+
+def test_a_result_without_the_digest_of_what_it_times_is_found(documents):
+    del documents["write"]["digests"]
+    del documents["startup"]["digests"]["merge_states"]
+    page = performance.rewrite(PAGE, performance.blocks(documents))
+    assert performance.problems(page, documents, DIGESTS) == [
+        "benchmarks/results/write.json: has no digest of any kernel",
+        "benchmarks/results/startup.json: has no digest of merge_states",
+    ]
 
 
 def test_a_digest_in_the_text_is_held_to_the_sources(documents):
     page = performance.rewrite(PAGE, performance.blocks(documents)) + "\nOf `00000000000000aa`."
-    (found,) = performance.problems(page, documents, DIGEST)
+    (found,) = performance.problems(page, documents, DIGESTS)
     assert "quotes sources 00000000000000aa" in found
 
 
@@ -193,7 +227,7 @@ def test_a_figure_that_differs_is_found(documents, figure):
     page = performance.rewrite(PAGE, performance.blocks(documents))
     changed = copy.deepcopy(documents)
     changed["gather"]["rows"][0][figure] *= 1.1
-    assert performance.problems(page, changed, DIGEST) == [
+    assert performance.problems(page, changed, DIGESTS) == [
         "docs/performance.md: block gather is not what the results say"
     ]
 
@@ -201,7 +235,7 @@ def test_a_figure_that_differs_is_found(documents, figure):
 def test_a_result_that_is_missing_is_found(documents):
     page = performance.rewrite(PAGE, performance.blocks(documents))
     del documents["write"]
-    found = performance.problems(page, documents, DIGEST)
+    found = performance.problems(page, documents, DIGESTS)
     assert [text.split()[2] for text in found] == ["runs", "write"]
 
 

@@ -2,18 +2,20 @@
 """From a kernel's source to a function on a device: the one compile path.
 
 A specialization is a kernel and its `-D` constants. CuPy compiles it with NVRTC and keeps the
-binary on disk, under a key that holds the options and not the headers; so the digest of all
-sources is one of the options, and an edited header compiles anew.
+binary on disk, under a key that holds the options and not the headers; so the digest of the
+kernel's sources is one of the options: an edited header compiles anew, where it is included.
 """
 
 import hashlib
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from fastkv.ops.cuda.includes import closure
 from fastkv.optional import require
 
 INSTALL = "pip install 'fastkv[cuda12]' (or cuda13)"
@@ -49,7 +51,7 @@ class Specialization:
             "-default-device",  # generic lambdas have no place for __device__
             f"-arch={arch}",
             f"-I{kernel_folder()}",
-            f"-DFASTKV_SOURCES={source_digest()}",
+            f"-DFASTKV_SOURCES={source_digest(self.kernel)}",
             *(f"-D{name}={value}" for name, value in self.defines),
         )
 
@@ -60,16 +62,38 @@ def kernel_folder() -> Path:
     return Path(str(resources.files("fastkv.ops.cuda") / "kernels"))
 
 
-@cache
-def source_digest() -> str:
-    """16 hex digits over every kernel source and header, names included."""
+def kernels() -> list[str]:
+    """Names of all kernels, sorted."""
+    return sorted(path.stem for path in kernel_folder().glob("*.cu"))
+
+
+def sources(kernel: str | None = None) -> list[Path]:
+    """The files that a kernel is compiled from, sorted; if None, every source and header.
+
+    Raises:
+        FileNotFoundError: there is no such kernel, or a header of it is missing.
+        ValueError: it includes by a macro that `includes.HEADER_MACROS` does not know.
+    """
     folder = kernel_folder()
-    files = sorted(p for p in folder.rglob("*") if p.suffix in {".cu", ".cuh"})
+    if kernel is not None:
+        return closure(folder, f"{kernel}.cu")
+    return sorted(p for p in folder.rglob("*") if p.suffix in {".cu", ".cuh"})
+
+
+@cache
+def source_digest(kernel: str | None = None) -> str:
+    """16 hex digits over `sources(kernel)`, names included; raises as that does."""
+    folder = kernel_folder()
     digest = hashlib.sha256()
-    for path in files:
+    for path in sources(kernel):
         digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def source_digests(names: Iterable[str] | None = None) -> dict[str, str]:
+    """The digest of each of these kernels, by name; of all if None."""
+    return {name: source_digest(name) for name in sorted(kernels() if names is None else names)}
 
 
 def arch_of(sm: int) -> str:
@@ -114,6 +138,11 @@ _lock = threading.Lock()
 def loaded() -> int:
     """How many functions this process has loaded, on all devices."""
     return len(_compiled)
+
+
+def loaded_kernels() -> set[str]:
+    """Kernels of which this process has loaded a function."""
+    return {what.kernel for what, _ in list(_compiled)}  # a thread may add one meanwhile
 
 
 def function(what: Specialization, index: int) -> Any:

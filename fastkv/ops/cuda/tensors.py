@@ -15,6 +15,7 @@ from fastkv import arrays
 from fastkv.dtypes import ITEMSIZE
 from fastkv.errors import UnsupportedError
 from fastkv.ops.cuda import serve
+from fastkv.ops.cuda.includes import CODECS
 from fastkv.scales import FIELDS
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def codec_defines(quant: "QuantSpec", storage: str, scale_dtype: str) -> dict[st
         storage: dtype of K and V.
         scale_dtype: dtype of paged scales.
     """
-    defines: dict[str, object] = {"codec_header": f"<codecs/{quant.name.value}.cuh>"}
+    defines: dict[str, object] = {"codec_header": f"<{CODECS}/{quant.name.value}.cuh>"}
     if quant.storage is None:
         defines["storage"] = CTYPE[storage]
     if quant.needs_paged_scales:

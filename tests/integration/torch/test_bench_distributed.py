@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fastkv.ops.cuda import jit
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -37,3 +39,5 @@ def test_two_ranks_give_a_row_against_one(tmp_path):
         assert row["off"] < 0.01
         assert min(row["us"], row["peer_us"]) > 0
     assert document["ceilings"] == {"ranks": 2.0}
+    kernels = ["merge_states", "paged_attention", "rope_write_kv"]
+    assert document["digests"] == jit.source_digests(kernels)

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import fastkv
+from fastkv.backends.kernels import KERNELS
+from fastkv.ops.cuda import jit
 from fastkv.quant import QUANT_SPECS
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
@@ -91,6 +93,15 @@ def test_every_format_has_a_row_at_both_page_sizes(module, clock, name, tmp_path
         assert (row["peer"], row["peer_us"], row["ratio"]) == (None, None, None)
     assert {shape.partition(" P")[2].split()[0] for shape in shapes} == {"16", "64"}
     assert set(document) >= {"device", "versions", "ceilings", "digest", "commit", "command"}
+    (op,) = {row["op"] for row in document["rows"]}
+    assert document["digests"] == {op: jit.source_digest(op)}
+
+
+def test_a_loaded_kernel_that_was_not_named_is_recorded(module, clock, monkeypatch, tmp_path):
+    loaded = {(jit.Specialization.of("merge_states", head_dim=64), 0): object()}
+    monkeypatch.setattr(jit, "_compiled", loaded)
+    document = run(module, clock, "bench_gather", tmp_path, "--no-peers", "--formats", "none")
+    assert document["digests"] == jit.source_digests(["gather_kv", "merge_states"])
 
 
 def test_shapes_are_spelled_as_the_documentation_spells_them(module, clock, tmp_path):
@@ -256,6 +267,7 @@ def test_host_has_every_op(module, clock, tmp_path):
 
     every = set(ops.__all__) - {"zeros_beside", "check_step"}
     assert {row["op"] for row in document["rows"]} == every
+    assert document["digests"] == jit.source_digests(every - set(KERNELS["cuda"].lacks))
 
 
 class Processes:
@@ -308,13 +320,15 @@ def test_startup_is_cold_once_and_then_from_the_cache_that_this_left(module, tmp
         assert (row["second_us"], row["functions"], row["import_us"]) == (1e5, 1, 3e6)
     assert document["errors"] == []
     assert set(document) >= {"device", "versions", "digest", "commit", "command"}
+    assert document["digests"] == jit.source_digests(["paged_attention", "rope_write_kv"])
 
 
 def test_startup_has_every_op_with_a_kernel_and_every_format(module, tmp_path):
     from fastkv.ops.cuda import listing
 
-    rows = startup(module, tmp_path, Processes())["rows"]
-    cases = [(row["op"], row["format"]) for row in rows[::2]]
+    document = startup(module, tmp_path, Processes())
+    assert document["digests"] == jit.source_digests()
+    cases = [(row["op"], row["format"]) for row in document["rows"][::2]]
     assert [op for op, fmt in cases if fmt == "none"] == listing.launchers()
     assert [fmt for op, fmt in cases if op == "gather_kv"] == LABELS
     assert [fmt for op, fmt in cases if op == "merge_states"] == ["none"]

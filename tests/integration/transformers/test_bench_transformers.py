@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastkv import CacheSpec
+from fastkv.ops.cuda import jit
 from fastkv.quant import QUANT_SPECS
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
@@ -48,6 +49,8 @@ def test_every_cache_has_a_row_and_what_is_missing_is_told(bench, tmp_path):
         assert kept <= row["held_bytes"] < 1.5 * kept + 40_000
     assert found["versions"]["transformers"]
     assert found["model"]["layers"] == 2
+    kernels = ["copy_pages", "gather_kv", "paged_attention", "rope_write_kv"]
+    assert found["digests"] == jit.source_digests(kernels)
 
 
 def test_it_needs_a_gpu_unless_told(bench):
