@@ -10,6 +10,7 @@
 // A row's result depends on its request alone, bit for bit: keys fall into chunks at multiples of
 // C(L), tiles into warps by position, and states fold in one order (schedule.cuh, fold.cuh).
 #include "common/grid.cuh"
+#include "common/nobody.cuh"
 #include "paged/tile.cuh"
 
 // Rows first .. first + rows - 1 of a chunk: this warp's state to shared memory.
@@ -139,26 +140,6 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
   __syncthreads();  // the next item writes what this one read
 }
 
-// Rows of nobody: behind the last request 0 and -inf; before the first one they are left alone, but
-// what the op made itself is written everywhere.
-__device__ __forceinline__ void clear_rows(const Params& p, int begin, int end) {
-  begin = min(max(begin, 0), p.tokens);
-  end = min(max(end, begin), p.tokens);
-  const int before = p.fresh || p.lse != nullptr ? begin : 0, heads = p.kv_heads * p.group;
-  const i64 count = i64(before + p.tokens - end) * heads * kVectors;
-  for (i64 i = blockIdx.x * kThreads + threadIdx.x; i < count; i += i64(gridDim.x) * kThreads) {
-    const int vector = i % kVectors, head = i / kVectors % heads;
-    int token = int(i / kVectors / heads);
-    if (token >= before) token += end - before;
-    FASTKV_Q* out = p.out + token * p.out_token + head * p.out_head + 4 * vector;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (token >= begin || p.fresh) out[j] = from_float<FASTKV_Q>(0.f);
-    }
-    if (p.lse != nullptr && vector == 0) p.lse[i64(token) * heads + head] = MINUS_INFINITY;
-  }
-}
-
 // Brings the parameters, which lie in memory anew at each launch, to the cache of constants.
 __device__ __forceinline__ void touch(const Params& p) {
   asm volatile("" ::"l"(p.q), "l"(p.dequant.k), "l"(p.sinks), "l"(p.k_strides.page));
@@ -212,5 +193,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, FASTKV_BLOCKS)
     if (threadIdx.x == 0) sh.item = find_item(p, sh.share, sh.request, at);
     __syncthreads();
   }
-  clear_rows(p, begin_rows, end_rows);
+  clear_rows<kD>(p.out, p.out_token, p.out_head, p.lse, p.tokens, p.kv_heads * p.group, p.fresh,
+                 begin_rows, end_rows);
 }
