@@ -96,9 +96,13 @@ def source_digests(names: Iterable[str] | None = None) -> dict[str, str]:
     return {name: source_digest(name) for name in sorted(kernels() if names is None else names)}
 
 
+#: Where warpgroups multiply (`wgmma`): the instructions are this architecture's alone.
+WARPGROUPS_ARCH = "sm_90a"
+
+
 def arch_of(sm: int) -> str:
     """NVRTC's name of a compute capability: Hopper with its own instructions, others plain."""
-    return f"sm_{sm}a" if sm == 90 else f"sm_{sm}"
+    return WARPGROUPS_ARCH if sm == 90 else f"sm_{sm}"
 
 
 @dataclass(frozen=True, slots=True)

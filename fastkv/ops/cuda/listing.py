@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from fastkv.ops import cuda
-from fastkv.ops.cuda.jit import Specialization
+from fastkv.ops.cuda.jit import WARPGROUPS_ARCH, Specialization
 
 #: What the list is compiled for: each generation from sm_80, as `jit.arch_of` or newer.
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120")
@@ -60,9 +60,13 @@ def least_sm(what: Specialization) -> int:
 def is_for(what: Specialization, arch: str) -> bool:
     """Whether a specialization is built for an architecture: instructions, shared memory.
 
-    A constant `FASTKV_SHARED_BYTES` is the dynamic shared memory of a block.
+    A constant `FASTKV_SHARED_BYTES` is the dynamic shared memory of a block, `FASTKV_WARPGROUPS`
+    not 0 needs the one architecture that has their instructions.
     """
-    shared = int(dict(what.defines).get("FASTKV_SHARED_BYTES", "0"))
+    defines = dict(what.defines)
+    if arch != WARPGROUPS_ARCH and defines.get("FASTKV_WARPGROUPS", "0") != "0":
+        return False
+    shared = int(defines.get("FASTKV_SHARED_BYTES", "0"))
     return sm_of(arch) >= least_sm(what) and shared <= _SHARED_BYTES[arch]
 
 

@@ -80,9 +80,7 @@ def _constants(
     checker: "Checker", strides: list[int], q: Any, out: Any, block_table: Any, groups: int
 ) -> tensors.Blob:
     sizes = checker.sizes
-    rows = tensors.row_strides(checker, "q", q)
-    made = (sizes["Hq"] * sizes["D"], sizes["D"])
-    rows += tensors.row_strides(checker, "out", out) if checker.given("out") else made
+    rows = tensors.query_strides(checker, q, out)
     table, counts = tensors.table_shape(checker, block_table)
     heads = sizes["Hkv"]
     if max(strides) >= _LARGEST_STRIDE:
@@ -182,12 +180,9 @@ def paged_attention(
 
 def _require_aligned(checker: "Checker", addresses: Sequence[int]) -> None:
     q, out, _, k, v = addresses[:5]
-    mask = addresses[-2]
     if (q | out | k | v) % tensors.VECTOR:
         tensors.require_aligned(checker, _ALIGNED, (q, out, k, v))
-    if mask % 8:  # a row's interval is one load
-        expected = "memory aligned to 8 bytes on a GPU"
-        raise tensors.unsupported(checker, "mask_offsets", expected, f"address {mask:#x}")
+    tensors.require_mask_aligned(checker, addresses[-2])
 
 
 # sm_90 and sm_89: what a multiprocessor has.

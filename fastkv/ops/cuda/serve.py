@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernels do not serve is refused by the op as by selection: from the same table."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastkv.backends.kernels import KERNELS, Device, Lack, lacks
 from fastkv.errors import UnsupportedError
@@ -12,27 +12,26 @@ if TYPE_CHECKING:
     from fastkv.contracts.tensors import Checker
 
 
-def require_served(checker: "Checker", cache: "LayerCache", index: int) -> None:
+def require_served(checker: "Checker", cache: "LayerCache | None", index: int) -> None:
     """Raise unless the table serves a checked call: device, format and shapes.
 
     A launcher asks once for each metadata.
 
     Args:
         checker: the checked call.
-        cache: the layer's cache.
+        cache: the layer's cache; None for an op without one, which is asked about its device and
+            its head dim: the other limits are those of kernels that read pages.
         index: the device that its tensors live on.
 
     Raises:
         UnsupportedError: with the reason that `select_backend` gives.
     """
-    sizes, spec = checker.sizes, cache.spec
+    sizes = checker.sizes
+    paged: dict[str, Any] = {} if cache is None else {"page_size": cache.spec.page_size}
+    if cache is not None and "Hq" in sizes:
+        paged["group"] = sizes["Hq"] // sizes["Hkv"]
     found = lacks(
-        KERNELS["cuda"],
-        _device(index),
-        head_dim=spec.head_dim,
-        page_size=spec.page_size,
-        storage=[spec.storage_dtype(cache.layer_id)],
-        group=sizes["Hq"] // sizes["Hkv"] if "Hq" in sizes else None,
+        KERNELS["cuda"], _device(index), head_dim=sizes["D"], storage=_storage(cache), **paged
     )
     _raise_first(checker, found)
 
@@ -50,9 +49,12 @@ def require_device(checker: "Checker", cache: "LayerCache | None", index: int) -
     Raises:
         UnsupportedError: with the reason that `select_backend` gives.
     """
-    storage = () if cache is None else (cache.spec.storage_dtype(cache.layer_id),)
-    found = lacks(KERNELS["cuda"], _device(index), storage=storage)
+    found = lacks(KERNELS["cuda"], _device(index), storage=_storage(cache))
     _raise_first(checker, [lack for lack in found if lack.argument == "device"])
+
+
+def _storage(cache: "LayerCache | None") -> tuple[str, ...]:
+    return () if cache is None else (cache.spec.storage_dtype(cache.layer_id),)
 
 
 def _device(index: int) -> Device:

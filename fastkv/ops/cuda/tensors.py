@@ -119,6 +119,24 @@ def row_strides(checker: "Checker", name: str, tensor: Any, unit: int = VECTOR) 
     return tuple(outer)
 
 
+def query_strides(checker: "Checker", q: Any, out: Any) -> list[int]:
+    """Token and head strides, in elements, of q and then of `out`, which the op made if not given.
+
+    Rows must begin at multiples of `VECTOR` bytes.
+    """
+    sizes = checker.sizes
+    made = (sizes["Hq"] * sizes["D"], sizes["D"])
+    rows = row_strides(checker, "out", out) if checker.given("out") else made
+    return [*row_strides(checker, "q", q), *rows]
+
+
+def require_mask_aligned(checker: "Checker", pointer: int) -> None:
+    """Refuse `mask_offsets` at no multiple of 8 bytes: a row's interval is one load."""
+    if pointer % 8:
+        expected = "memory aligned to 8 bytes on a GPU"
+        raise unsupported(checker, "mask_offsets", expected, f"address {pointer:#x}")
+
+
 def require_aligned(checker: "Checker", names: Sequence[str], pointers: Sequence[int]) -> None:
     """Refuse, by name, a pointer that is not a multiple of 16 bytes. Runs at every call.
 
