@@ -14,7 +14,7 @@
 #include "masked/warps.cuh"
 #endif
 
-extern "C" __global__ void __launch_bounds__(kThreads, FASTKV_BLOCKS)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     masked_attention(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 memory[];
   wait_for_previous_kernel();

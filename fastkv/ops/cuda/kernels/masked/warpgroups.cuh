@@ -8,7 +8,7 @@
 
 constexpr int kN = kWidth > 128 ? 64 : 128;  // keys of a tile
 constexpr int kStages = 2;
-constexpr int kThreads = 384;
+constexpr int kThreads = 384, kBlocks = 1;  // of a block, and blocks a multiprocessor
 constexpr int kScoreTiles = kN / 8;
 constexpr int kQueryBytes = kM * kWidth * 2, kTileBytes = kN * kWidth * 2;
 constexpr int kPermutedBytes = 1024;  // matrices begin at multiples
@@ -170,8 +170,11 @@ struct Consumer {
     multiply_keys(s, at.q + index * (64 * 128), at.k + tile.stage() * kTileBytes);
   }
 
-  // O of a tile of rows, over its tiles of keys from the last to the first.
-  __device__ __forceinline__ void attend(const Work& w, Rows& r, Out& o) {
+  // O of a tile of rows, over its tiles of keys from the last to the first. `meanwhile` is called
+  // beside the last product.
+  template <class Meanwhile>
+  __device__ __forceinline__ void attend(const Work& w, Rows& r, Out& o,
+                                         const Meanwhile& meanwhile) {
     const int begin = w.low / kN;
     int n = (w.high + kN - 1) / kN - 1;
     Scores s;
@@ -206,9 +209,11 @@ struct Consumer {
       release(at.k_empty(next.stage()));
       same = soften(s, r, shrink, units, n * kN, w.is_clean(n * kN, kN));
     }
+    release(at.q_empty());  // the next tile's rows may come
     fold();
     wait_for_tile(at.v_full(turn.stage()), turn.parity());
     multiply_values(o, weights, at.v + turn.stage() * kTileBytes);
+    meanwhile();
     wgmma_wait<0>();
     release(at.v_empty(turn.stage()));
     turn = turn.next();
@@ -217,17 +222,23 @@ struct Consumer {
   __device__ __forceinline__ void run() {
     Walk walk(p);
     if (index == 1) others_turn(index);
-    for (int round = 0;; ++round) {
-      const Work w = walk.find(tile_of(round));
-      if (!w.valid) break;
+    Work w = walk.find(tile_of(0));
+    for (int round = 0; w.valid; ++round) {
+      Work next;
+      const auto find_next = [&] { next = walk.find(tile_of(round + 1)); };
       Rows r(p, w, first_row);
       Out o;
 #pragma unroll
       for (int i = 0; i < 4 * kOutTiles; ++i) o[i / 4][i % 4] = 0.f;
       barrier_wait(at.q_full(), round & 1);
-      if (w.low < w.high) attend(w, r, o);
-      release(at.q_empty());
+      if (w.low < w.high) {
+        attend(w, r, o, find_next);
+      } else {
+        release(at.q_empty());
+        find_next();
+      }
       write_rows(p, w, r, o, first_row);
+      w = next;
     }
   }
 };
