@@ -144,6 +144,8 @@ def run(found: Report, case: Case) -> None:
             want = got if want is None else want
             contenders[f"{OWN} {path}"] = calls
     for name, make in peers(case, sets) if found.with_peers else ():
+        if found.skips(case.shape, name):
+            continue
         calls = found.attempt(f"{case.shape} {name}", make)
         got = calls and found.attempt(f"{case.shape} {name}", calls[0])
         if got is None:
