@@ -92,7 +92,7 @@ def warmup(
     static_dtype: str = "float32",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Warmed]:
-    """Compile and load every kernel that the append backend will run for a spec.
+    """Compile and load every kernel that the backends will run for a spec.
 
     Args:
         spec: the cache; each of its formats is warmed up once.
@@ -164,6 +164,7 @@ def _steps(model: _Model) -> Iterator[tuple[str, int | None, Callable[[], None]]
             ("copy_pages", _copy),
         ):
             yield op, layer, _bound(call, model, layer)
+    yield "masked_attention", None, lambda: _attend_contiguous(model)
     yield "merge_states", None, lambda: _merge(model)
 
 
@@ -263,6 +264,21 @@ def _copy(model: _Model, cache: "LayerCache") -> None:
     from fastkv import ops
 
     ops.copy_pages(cache, model.integers(0), model.integers(1))
+
+
+def _attend_contiguous(model: _Model) -> None:
+    """What the flash backends run on prefill rows: K and V have qkv's dtype, not the cache's."""
+    from fastkv import ops
+
+    heads, dim = model.spec.num_kv_heads, model.spec.head_dim
+    one = model.integers(0, 1)
+    ops.masked_attention(
+        model.zeros(1, model.num_query_heads, dim),
+        model.zeros(1, heads, dim),
+        model.zeros(1, heads, dim),
+        cu_seqlens_q=one,
+        cu_seqlens_k=one,
+    )
 
 
 def _merge(model: _Model) -> None:
