@@ -217,15 +217,25 @@ def _write(model: _Model, cache: "LayerCache") -> None:
     spec = model.spec
     width = (model.num_query_heads + 2 * spec.num_kv_heads) * spec.head_dim
     norm = model.zeros(spec.head_dim) if model.qk_norm else None
-    ops.rope_write_kv(
-        model.zeros(1, width),
-        cache,
-        **_batch(model, 1),
-        rope=_rope(model),
-        q_norm_weight=norm,
-        k_norm_weight=norm,
-        norm_after_rope=model.norm_after_rope,
-    )
+    # Without contiguous K and V, as append and decode rows do, and with them, as prefill of flash.
+    for contiguous in ({}, _contiguous(model)):
+        ops.rope_write_kv(
+            model.zeros(1, width),
+            cache,
+            **_batch(model, 1),
+            rope=_rope(model),
+            q_norm_weight=norm,
+            k_norm_weight=norm,
+            norm_after_rope=model.norm_after_rope,
+            **contiguous,
+        )
+
+
+def _contiguous(model: _Model) -> dict[str, Any]:
+    """Room for one token's K and V in qkv's dtype, which the flash backends give it."""
+    shape = (1, model.spec.num_kv_heads, model.spec.head_dim)
+    out_k, out_v = model.zeros(*shape), model.zeros(*shape)
+    return {"out_k": out_k, "out_v": out_v, "cu_seqlens_k": model.integers(0, 1)}
 
 
 def _rope(model: _Model) -> "Rope | None":
@@ -249,15 +259,8 @@ def _attend(model: _Model, cache: "LayerCache") -> None:
 def _gather(model: _Model, cache: "LayerCache") -> None:
     from fastkv import ops
 
-    shape = (1, model.spec.num_kv_heads, model.spec.head_dim)
-    ops.gather_kv(
-        cache,
-        cache_seqlens=model.integers(1),
-        block_table=model.integers([0]),
-        cu_seqlens_k=model.integers(0, 1),
-        out_k=model.zeros(*shape),
-        out_v=model.zeros(*shape),
-    )
+    batch = {"cache_seqlens": model.integers(1), "block_table": model.integers([0])}
+    ops.gather_kv(cache, **batch, **_contiguous(model))
 
 
 def _copy(model: _Model, cache: "LayerCache") -> None:
@@ -270,15 +273,10 @@ def _attend_contiguous(model: _Model) -> None:
     """What the flash backends run on prefill rows: K and V have qkv's dtype, not the cache's."""
     from fastkv import ops
 
-    heads, dim = model.spec.num_kv_heads, model.spec.head_dim
-    one = model.integers(0, 1)
-    ops.masked_attention(
-        model.zeros(1, model.num_query_heads, dim),
-        model.zeros(1, heads, dim),
-        model.zeros(1, heads, dim),
-        cu_seqlens_q=one,
-        cu_seqlens_k=one,
-    )
+    made = _contiguous(model)
+    q = model.zeros(1, model.num_query_heads, model.spec.head_dim)
+    sums = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), made["cu_seqlens_k"])
+    ops.masked_attention(q, made["out_k"], made["out_v"], **sums)
 
 
 def _merge(model: _Model) -> None:

@@ -59,6 +59,8 @@ def test_every_op_is_called_for_a_format(fmt, on_the_cpu, called):
     assert write.args[0].dtype.name == "bfloat16"
     assert write.kwargs["rope"].cos.shape == (1, 32)
     assert write.kwargs["q_norm_weight"] is None
+    assert write.kwargs["out_k"].shape == (1, 2, 64)
+    assert write.kwargs["out_v"].dtype.name == "bfloat16"
     attended = [call.args[0].shape for call in called["paged_attention"].call_args_list]
     assert attended == [(rows, 6, 64) for rows in (1, 2, 4, 8, 64)]
 
@@ -68,7 +70,8 @@ def test_each_format_is_warmed_up_once(on_the_cpu, called):
     rows = fastkv.warmup(spec, num_query_heads=2, **on_the_cpu)
     formats = [row.format for row in rows]
     assert formats == ["cache_int8"] * 4 + ["none"] * 4 + [None] * 2
-    assert called["rope_write_kv"].call_count == 2
+    writes = called["rope_write_kv"].call_args_list
+    assert ["out_k" in write.kwargs for write in writes] == [False, True] * 2
 
 
 def test_what_layers_have_reaches_the_op(on_the_cpu, called):
@@ -98,7 +101,7 @@ def test_a_granularity_that_one_format_has_not_leaves_it_its_own(on_the_cpu, cal
     spec = spec_of("cache_fp8", "cache_int8")
     fastkv.warmup(spec, num_query_heads=2, granularity="channel", **on_the_cpu)
     shapes = [c.args[1].static.k_quant.shape for c in called["rope_write_kv"].call_args_list]
-    assert shapes == [(2,), (2, 64)]
+    assert shapes == [(2,)] * 2 + [(2, 64)] * 2
 
 
 def test_progress_names_what_comes_next(on_the_cpu):
