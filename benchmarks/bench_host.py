@@ -22,7 +22,14 @@ from gpu.timing import Timer, Timing
 REQUESTS, CONTEXT, HQ, HKV, D = 64, 128, 32, 8, 128
 CALLS = 2000
 # Of the ops that `calls` makes.
-KERNELS = ("copy_pages", "gather_kv", "merge_states", "paged_attention", "rope_write_kv")
+KERNELS = (
+    "copy_pages",
+    "gather_kv",
+    "masked_attention",
+    "merge_states",
+    "paged_attention",
+    "rope_write_kv",
+)
 PEER_OF = {"paged_attention": "FlashInfer run()", "rope_write_kv": "FlashInfer append()"}
 
 

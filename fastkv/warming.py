@@ -92,7 +92,7 @@ def warmup(
     static_dtype: str = "float32",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Warmed]:
-    """Compile and load every kernel that the append backend will run for a spec.
+    """Compile and load every kernel that the backends will run for a spec.
 
     Args:
         spec: the cache; each of its formats is warmed up once.
@@ -164,6 +164,7 @@ def _steps(model: _Model) -> Iterator[tuple[str, int | None, Callable[[], None]]
             ("copy_pages", _copy),
         ):
             yield op, layer, _bound(call, model, layer)
+    yield "masked_attention", None, lambda: _attend_contiguous(model)
     yield "merge_states", None, lambda: _merge(model)
 
 
@@ -216,15 +217,25 @@ def _write(model: _Model, cache: "LayerCache") -> None:
     spec = model.spec
     width = (model.num_query_heads + 2 * spec.num_kv_heads) * spec.head_dim
     norm = model.zeros(spec.head_dim) if model.qk_norm else None
-    ops.rope_write_kv(
-        model.zeros(1, width),
-        cache,
-        **_batch(model, 1),
-        rope=_rope(model),
-        q_norm_weight=norm,
-        k_norm_weight=norm,
-        norm_after_rope=model.norm_after_rope,
-    )
+    # Without contiguous K and V, as append and decode rows do, and with them, as prefill of flash.
+    for contiguous in ({}, _contiguous(model)):
+        ops.rope_write_kv(
+            model.zeros(1, width),
+            cache,
+            **_batch(model, 1),
+            rope=_rope(model),
+            q_norm_weight=norm,
+            k_norm_weight=norm,
+            norm_after_rope=model.norm_after_rope,
+            **contiguous,
+        )
+
+
+def _contiguous(model: _Model) -> dict[str, Any]:
+    """Room for one token's K and V in qkv's dtype, which the flash backends give it."""
+    shape = (1, model.spec.num_kv_heads, model.spec.head_dim)
+    out_k, out_v = model.zeros(*shape), model.zeros(*shape)
+    return {"out_k": out_k, "out_v": out_v, "cu_seqlens_k": model.integers(0, 1)}
 
 
 def _rope(model: _Model) -> "Rope | None":
@@ -248,21 +259,24 @@ def _attend(model: _Model, cache: "LayerCache") -> None:
 def _gather(model: _Model, cache: "LayerCache") -> None:
     from fastkv import ops
 
-    shape = (1, model.spec.num_kv_heads, model.spec.head_dim)
-    ops.gather_kv(
-        cache,
-        cache_seqlens=model.integers(1),
-        block_table=model.integers([0]),
-        cu_seqlens_k=model.integers(0, 1),
-        out_k=model.zeros(*shape),
-        out_v=model.zeros(*shape),
-    )
+    batch = {"cache_seqlens": model.integers(1), "block_table": model.integers([0])}
+    ops.gather_kv(cache, **batch, **_contiguous(model))
 
 
 def _copy(model: _Model, cache: "LayerCache") -> None:
     from fastkv import ops
 
     ops.copy_pages(cache, model.integers(0), model.integers(1))
+
+
+def _attend_contiguous(model: _Model) -> None:
+    """What the flash backends run on prefill rows: K and V have qkv's dtype, not the cache's."""
+    from fastkv import ops
+
+    made = _contiguous(model)
+    q = model.zeros(1, model.num_query_heads, model.spec.head_dim)
+    sums = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), made["cu_seqlens_k"])
+    ops.masked_attention(q, made["out_k"], made["out_v"], **sums)
 
 
 def _merge(model: _Model) -> None:

@@ -52,7 +52,6 @@ class Kernels:
         page_sizes: page sizes it serves; None: all.
         groups: query heads a KV head that it serves; None: all.
         storage: storage dtypes it serves; None: all.
-        lacks: ops that it does not have, each with the reason.
     """
 
     name: str
@@ -63,7 +62,6 @@ class Kernels:
     page_sizes: tuple[int, ...] | None = None
     groups: range | None = None
     storage: tuple[str, ...] | None = None
-    lacks: Mapping[str, str] = field(default_factory=dict)
 
 
 KERNELS: Mapping[str, Kernels] = MappingProxyType(
@@ -78,9 +76,6 @@ KERNELS: Mapping[str, Kernels] = MappingProxyType(
             page_sizes=(16, 32, 64, 128),
             groups=range(1, 17),
             storage=("bfloat16", "float16", "int8", "uint8", "float8_e4m3fn"),
-            lacks=MappingProxyType(
-                {"masked_attention": "this version has no CUDA kernel for it; append needs none"}
-            ),
         ),
     }
 )
@@ -165,13 +160,6 @@ def kernel_refusals(
     return row, [lack.reason for lack in found]
 
 
-def missing_ops(row: Kernels | None, ops: Iterable[str]) -> list[str]:
-    """Why kernels cannot run these ops; empty when they can."""
-    if row is None:
-        return []
-    return [f"no {op}: {row.lacks[op]}" for op in dict.fromkeys(ops) if op in row.lacks]
-
-
 def _too_old(device: Device, least: int, what: str) -> Lack:
     expected = f"sm_{least} or newer"
     return Lack("device", expected, str(device), f"{what}needs {expected}, the device is {device}")
@@ -179,11 +167,9 @@ def _too_old(device: Device, least: int, what: str) -> Lack:
 
 def markdown_table() -> str:
     """The table of kernels, as the documentation shows it."""
-    head = ("kernels", "device", "head dims", "page sizes", "query heads a KV head")
-    lines = [
-        f"| {' | '.join((*head, 'stored dtypes', 'lack'))} |",
-        "|" + "---|" * (len(head) + 2),
-    ]
+    shapes = ("head dims", "page sizes", "query heads a KV head")
+    head = ("kernels", "device", *shapes, "stored dtypes")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in KERNELS.values():
         cells = (
             f"`{row.name}`",
@@ -192,7 +178,6 @@ def markdown_table() -> str:
             _list(row.page_sizes),
             f"{row.groups[0]} to {row.groups[-1]}" if row.groups else "any",
             _list(None if row.storage is None else [_stored(row, name) for name in row.storage]),
-            ", ".join(f"`{op}`" for op in row.lacks) or "–",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

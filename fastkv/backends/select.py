@@ -11,13 +11,12 @@ from fastkv.backends.base import Backend, Ops
 from fastkv.backends.features import (
     BACKEND_NAMES,
     BACKENDS,
-    BackendRow,
     refusals,
     require_features,
 )
 from fastkv.backends.flash import FlashBackend
 from fastkv.backends.flash_mask import FlashMaskBackend
-from fastkv.backends.kernels import KERNELS, Device, Kernels, kernel_refusals, missing_ops
+from fastkv.backends.kernels import KERNELS, Device, Kernels, kernel_refusals
 from fastkv.contracts.numbers import is_integer
 from fastkv.errors import ContractError, SelectionError, unknown_name
 from fastkv.spec import CacheSpec
@@ -88,8 +87,7 @@ def select_backend(
     row, missing = kernel_refusals(kernels, spec, where, num_query_heads)
     rejected: list[tuple[str, str]] = []
     for candidate in BACKEND_NAMES if name == _AUTO else (name,):
-        backend = BACKENDS[candidate]
-        reasons = [*missing, *missing_ops(row, _ops(backend)), *refusals(backend, asked)]
+        reasons = [*missing, *refusals(BACKENDS[candidate], asked)]
         if row is not None and not reasons:
             why = "asked for by name" if name != _AUTO else _why_auto(asked, rejected)
             return Choice(candidate, row.name, why, tuple(rejected))
@@ -134,10 +132,6 @@ def get_backend(
     wanted = name_from_environment() if name is None else name
     choice = select_backend(wanted, spec, device, features, num_query_heads=num_query_heads)
     return choice.create(ops)
-
-
-def _ops(backend: BackendRow) -> tuple[str, ...]:
-    return (*backend.prefill, *backend.decode)
 
 
 def _require_query_heads(count: int | None, spec: CacheSpec) -> None:

@@ -8,7 +8,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastkv import arrays
-from fastkv.backends.kernels import KERNELS
 from fastkv.cache import LayerCache
 from fastkv.errors import UnsupportedError
 from fastkv.rope import Rope
@@ -78,22 +77,6 @@ def check_values(checker: "Checker", *args: Any) -> None:
         from fastkv.ops.reference.values import check_step
 
         check_step(checker.op, checker.sizes["T"], *map(_host, args))
-
-
-def require_kernel(checker: "Checker") -> None:
-    """Refuse a call on a GPU for which the kernels lack the op, before anything is allocated."""
-    assert checker.first is not None, "a contract describes at least one tensor"
-    device = checker.first.device
-    on_gpu = arrays.gpu_index(device) is not None
-    reason = KERNELS["cuda"].lacks.get(checker.op) if on_gpu else None
-    if reason is not None:
-        raise UnsupportedError(
-            checker.op,
-            "device",
-            expected="a tensor on the CPU",
-            got=device,
-            hint=f"On a GPU there is no {checker.op}: {reason}.",
-        )
 
 
 @cache

@@ -29,6 +29,10 @@ def masked_attention(
     at position `p = L - n + j` (causality aligned bottom right; with n > L the first rows see
     nothing). What a row sees, and the formulas, are those of `paged_attention`.
 
+    On a GPU, q, k and v are bf16 or all fp16 and of a head dim that the kernels serve, and a key's
+    V must be finite even for rows that do not see it, where others of the same 128 query rows see
+    a key of its tile: 128 keys, 64 at D 256.
+
     Args:
         q: `[T, Hq, D]`, bf16, fp16 or fp32, rotated; Hq a multiple of Hkv.
         k: `[Tk, Hkv, D]`, bf16, fp16 or fp32, rotated.
@@ -51,12 +55,12 @@ def masked_attention(
     Raises:
         ContractError: as in `rope_write_kv`; on the reference also intervals with start > end or
             outside the request.
-        UnsupportedError: the tensors are on a GPU, for which this version has no such kernel.
+        UnsupportedError: a GPU too old, or a dtype, head dim, stride or address that its kernel
+            does not take; nothing has been written then.
     """
     call = calls.masked_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, mask_offsets, scale, window, soft_cap, sinks, out
     )
-    dispatch.require_kernel(call)
     out = dispatch.result(call, ("T", "Hq", "D"), call.dtype("q")) if out is None else out
     lse = dispatch.result(call, ("T", "Hq"), "float32", needed=return_lse)
     if call.sizes["T"]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`forward_mixed` of the append backend on torch's CUDA tensors, step after step, in float64."""
+"""`forward_mixed` of each backend on torch's CUDA tensors, step after step, in float64."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastkv.arrays import numpy_dtype
-from fastkv.backends import get_backend
+from fastkv.backends import BACKEND_NAMES, get_backend
 from fastkv.ops.cuda import jit
 from fastkv.quant import quant_spec
 from helpers import compare, oracle
@@ -17,6 +17,7 @@ from helpers.on_gpu import to_cpu, to_gpu
 from helpers.sentinels import FORMATS
 
 every_format = pytest.mark.parametrize("fmt", FORMATS)
+every_backend = pytest.mark.parametrize("backend", BACKEND_NAMES)
 
 #: The mixture with three times the tokens, so that requests span pages of 16.
 LONGER = tuple(
@@ -35,11 +36,11 @@ class GpuEngine(Engine):
 
     heads, query_heads, dim, page, rotary = 2, 6, 64, 16, 48
 
-    def __init__(self, rng, fmt, dtype, **options):
-        super().__init__(rng, "append", fmt, dtype=dtype, **options)
+    def __init__(self, rng, backend, fmt, dtype, **options):
+        super().__init__(rng, backend, fmt, dtype=dtype, **options)
         device = f"cuda:{jit.device_facts(0).sm}"
         self.backend = get_backend(
-            self.spec, name="append", device=device, num_query_heads=self.query_heads
+            self.spec, name=backend, device=device, num_query_heads=self.query_heads
         )
 
     def _forward(self, qkv, meta):
@@ -53,16 +54,17 @@ class GpuEngine(Engine):
     def _tolerance(self, q, k, v, want, options):
         """FlashAttention's rule: at most so many times the error of a plain low-precision run.
 
-        Q is rounded to its dtype, and to the cache's where that holds no codes, since both are
-        multiplied in it; the weights to bfloat16, the coarsest that a kernel multiplies with. Three
-        times, since a step may hold one row: two samples of the same error.
+        Q is rounded to its dtype, and to the cache's where that holds no codes and is read, since
+        both are multiplied in it; gathered K and V to qkv's dtype; the weights to bfloat16, the
+        coarsest that a kernel multiplies with. Three times, since a step may hold one row: two
+        samples of the same error.
         """
-        step = self.step_mask
-        rounded_q = q.astype(np.float32).astype(numpy_dtype(self.dtype))
-        if quant_spec(self.fmt).storage is None:
-            rounded_q = rounded_q.astype(np.float32).astype(numpy_dtype(self.spec.dtype))
-        rounded_q = oracle.values_of(rounded_q)
-        plain = _low_precision(rounded_q, k, v, step, **options)
+        rounded_q = _rounded(q, self.dtype)
+        if self.step_exact:
+            k, v = _rounded(k, self.dtype), _rounded(v, self.dtype)
+        elif quant_spec(self.fmt).storage is None:
+            rounded_q = _rounded(rounded_q, self.spec.dtype)
+        plain = _low_precision(rounded_q, k, v, self.step_mask, **options)
         unit = compare.ROUNDING[self.dtype]
         return 3 * np.abs(plain - want).max() + 2 * unit * np.abs(want) + 2.0**-12
 
@@ -70,7 +72,13 @@ class GpuEngine(Engine):
         window = getattr(self.layer, "sliding_window", None)
         causal = self.layer.causal
         self.step_mask = oracle.visible_mask(len(q), len(held["k"]), causal, window, intervals)
+        self.step_exact = exact
         super()._check_rows(out, q, k, v, held, intervals, exact, seen)
+
+
+def _rounded(x, dtype):
+    """Float64 of values that went through a dtype."""
+    return oracle.values_of(x.astype(np.float32).astype(numpy_dtype(dtype)))
 
 
 def _low_precision(q, k, v, mask, *, scale, soft_cap, sinks):
@@ -92,35 +100,47 @@ def _low_precision(q, k, v, mask, *, scale, soft_cap, sinks):
     return np.where(seen, out / np.where(total == 0, 1, total)[..., None], 0.0)
 
 
+@every_backend
 @every_format
 @pytest.mark.parametrize("rotated", [False, True], ids=["as-it-is", "norm-and-rope"])
-def test_mixture(fmt, rotated):
-    engine = GpuEngine(np.random.default_rng(7), fmt, "bfloat16", rotated=rotated)
+def test_mixture(fmt, rotated, backend):
+    engine = GpuEngine(np.random.default_rng(7), backend, fmt, "bfloat16", rotated=rotated)
     seen = engine.run(LONGER)
     assert seen.rows == sum(entry[1] for step in LONGER for entry in step.entries)
 
 
+# Steps that come with intervals: flash takes none on prefill rows.
+MASKED = {
+    "append": lambda step: len(step.prefill) != 3,
+    "flash_mask": lambda step: len(step.prefill) != 3,
+    "flash": lambda step: not step.prefill,
+}
+
+
+@every_backend
 @every_format
-def test_every_option_at_once(fmt):
+def test_every_option_at_once(fmt, backend):
     rng = np.random.default_rng(8)
     options = {"sliding_window": 21, "soft_cap": 3.0, "softmax_scale": 0.2}
     sinks = rng.standard_normal(GpuEngine.query_heads).astype(np.float32)
-    engine = GpuEngine(rng, fmt, "float16", rotated=False, sinks=sinks, **options)
-    seen = engine.run(LONGER, masked=lambda step: len(step.prefill) != 3)
+    engine = GpuEngine(rng, backend, fmt, "float16", rotated=False, sinks=sinks, **options)
+    seen = engine.run(LONGER, masked=MASKED[backend])
     assert seen.changed > 3  # the options matter
 
 
+@every_backend
 @every_format
-def test_norm_after_rope_and_no_causality(fmt):
+def test_norm_after_rope_and_no_causality(fmt, backend):
     engine = GpuEngine(
-        np.random.default_rng(9), fmt, "bfloat16", norm_after_rope=True, causal=False
+        np.random.default_rng(9), backend, fmt, "bfloat16", norm_after_rope=True, causal=False
     )
     assert engine.run(LONGER[:3]).rows > 0
 
 
+@every_backend
 @every_format
-def test_a_batch_of_nothing(fmt):
-    engine = GpuEngine(np.random.default_rng(11), fmt, "bfloat16")
+def test_a_batch_of_nothing(fmt, backend):
+    engine = GpuEngine(np.random.default_rng(11), backend, fmt, "bfloat16")
     before = [bits(cache) for cache in engine.caches]
     for step in (Step(), Step(prefill=((0, 0),)), Step(decode=((0, 0), (1, 0)), prefill=((2, 0),))):
         out = engine._forward(engine.tokens(step), engine.meta(step))
@@ -130,8 +150,9 @@ def test_a_batch_of_nothing(fmt):
         assert_same_bits(cache, want)
 
 
+@every_backend
 @pytest.mark.parametrize("fmt", ["none", "cache_int8", "block_wise_fp8"])
-def test_both_dtypes_of_queries(fmt):
+def test_both_dtypes_of_queries(fmt, backend):
     for dtype in ("float16", "bfloat16"):
-        engine = GpuEngine(np.random.default_rng(12), fmt, dtype)
+        engine = GpuEngine(np.random.default_rng(12), backend, fmt, dtype)
         assert engine.run(LONGER[:3]).rows > 0

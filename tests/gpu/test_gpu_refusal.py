@@ -86,29 +86,27 @@ def test_tensors_of_two_libraries_are_refused_by_name(nothing_runs):
     assert (error.value.argument, error.value.got) == ("src", f"a cupy tensor on {DEVICE}")
 
 
-# --- an op without a kernel -------------------------------------------------------------------
+# --- dtypes that no kernel takes --------------------------------------------------------------
 
 
-def test_masked_attention_is_refused_and_not_computed(library, nothing_runs):
-    call = gpu_call("masked_attention", "none", library)
+def test_masked_attention_in_float32_is_refused_and_not_computed(library, nothing_runs):
+    call = gpu_call("masked_attention", "none", library, dtype="float32")
     before = bytes_of(call["out"])
-    match = "On a GPU there is no masked_attention"
-    with nothing_runs(), pytest.raises(UnsupportedError, match=match) as error:
+    with nothing_runs(), pytest.raises(UnsupportedError) as error:
         call.run()
-    assert (error.value.op, error.value.argument, error.value.got) == (
-        "masked_attention",
-        "device",
-        DEVICE,
+    assert (error.value.op, error.value.argument) == ("masked_attention", "q")
+    assert (error.value.expected, error.value.got) == (
+        "bfloat16 or float16 on a GPU",
+        "float32",
     )
     assert bytes_of(call["out"]) == before
 
 
-@pytest.mark.parametrize("name", ["flash", "flash_mask"])
+@pytest.mark.parametrize("name", ["append", "flash", "flash_mask"])
 @pytest.mark.parametrize("quant", list(QUANT_SPECS))
-def test_selection_refuses_what_needs_it(name, quant):
+def test_every_backend_is_selectable(name, quant):
     spec = CacheSpec(1, 8, 128, 64, quant)
-    with pytest.raises(SelectionError, match="no masked_attention"):
-        get_backend(spec, name=name, device="cuda:90")
+    assert get_backend(spec, name=name, device="cuda:90").name == name
 
 
 # --- what the kernels of this device serve ----------------------------------------------------
@@ -146,6 +144,7 @@ ATTENTION = [("paged_attention", less) for less in LESS]
 OTHERS = [("copy_pages", "sm"), ("copy_pages", "storage sm"), ("gather_kv", "sm")]
 OTHERS += [("gather_kv", "storage sm"), ("rope_write_kv", "sm"), ("rope_write_kv", "storage sm")]
 OTHERS += [("merge_states", "sm")]  # it has no cache
+OTHERS += [("masked_attention", "sm"), ("masked_attention", "head dim")]  # nor has it
 
 
 @pytest.mark.parametrize(("op", "less"), ATTENTION + OTHERS)

@@ -7,11 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from fastkv.backends.kernels import KERNELS
 from fastkv.errors import ContractError
 from fastkv.ops.cuda import launch
 from helpers.calls import OPS, Call
-from helpers.malformed import FAULTY, VALUE_FAULTS, metadata_faults, value_call
+from helpers.malformed import FAULTY, NEW, VALUE_FAULTS, metadata_faults, value_call
 from helpers.on_gpu import (
     DEVICE,
     bytes_of,
@@ -23,7 +22,6 @@ from helpers.on_gpu import (
     with_helpers,
 )
 
-KERNEL_OPS = sorted(set(OPS) - set(KERNELS["cuda"].lacks))
 GUARD = 2  # entries of the first axis before and after what an op may write
 GUARD_BYTE = 0x5A
 
@@ -40,7 +38,7 @@ def outcome(call):
 
 @pytest.mark.parametrize("library", ["torch", "cupy"])
 @pytest.mark.parametrize("fmt", ["cache_int4_zp", "block_wise_fp8"])
-@pytest.mark.parametrize("op", KERNEL_OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_metadata_faults_raise_the_same_text_as_on_the_cpu(op, fmt, library, mocker):
     launched = mocker.spy(launch.Kernel, "launch")
     count = 0
@@ -163,17 +161,25 @@ def test_value_faults_do_no_harm(fault, op, fmt):
         expected.run()
         assert faulty.pages() == expected.pages()
         return
+    if "cache" in host.arguments:
+        check_pages(fault, host, faulty, clean)
+    if fault.one:
+        spared = [b for b in range(len(NEW)) if b != FAULTY]
+        rows = faulty.rows(result, host, spared)
+        assert rows == clean.rows(clean_result, host, spared)
+        assert rows, "rows of the other requests were compared"
+
+
+def check_pages(fault, host, faulty, clean):
+    """The pages of all but the request at fault are what they would be without it."""
     table = host["block_table"]
     own = {int(page) for page in table[FAULTY if fault.one else slice(None)].reshape(-1)}
     pages = zip(faulty.pages(), clean.pages(), faulty.before, strict=True)
     for page, (got, want, before) in enumerate(pages):
         if page not in own:
             assert got == (want if fault.one else before), f"page {page} of somebody else"
-    if op in ("gather_kv", "paged_attention"):
+    if host.op in ("gather_kv", "paged_attention"):
         assert faulty.pages() == faulty.before, "the op only reads"
-    if fault.one:
-        spared = [b for b in range(len(table)) if b != FAULTY]
-        assert faulty.rows(result, host, spared) == clean.rows(clean_result, host, spared)
 
 
 REPORT = """
@@ -218,7 +224,10 @@ def test_value_faults_are_reported_when_asked_for(run_python):
 def also_true(op, argument):
     """What may be reported: other lengths than the segments hold are a fault of these too."""
     counts = op == "rope_write_kv" and argument in ("cache_seqlens", "cu_seqlens_q")
-    return (argument, "cu_seqlens_k") if counts else (argument,)
+    # Other rows or keys than the intervals were made for.
+    moved = op == "masked_attention" and argument in ("cu_seqlens_q", "cu_seqlens_k")
+    also = ("cu_seqlens_k",) if counts else ("mask_offsets",) if moved else ()
+    return (argument, *also)
 
 
 def test_bytes_of_a_guard_are_compared():

@@ -5,11 +5,9 @@ import json
 
 import pytest
 
-from fastkv.backends.kernels import KERNELS
 from helpers.calls import OPS
 from helpers.on_gpu import with_helpers
 
-KERNEL_OPS = sorted(set(OPS) - set(KERNELS["cuda"].lacks))
 
 SCRIPT = """
 import json, os
@@ -50,12 +48,10 @@ print(json.dumps({"found": found, "bf16": arrays.describe(bf16), "made": made}))
 
 
 def test_ops_take_paddle_tensors_by_pointer_and_true_dtype(run_python):
-    done = run_python(SCRIPT, OPS=" ".join(KERNEL_OPS), **with_helpers())
+    done = run_python(SCRIPT, OPS=" ".join(OPS), **with_helpers())
     said = json.loads(done.stdout)
     assert said["bf16"] == ["paddle", "cuda:0", "bfloat16", [2, 3], True]
-    assert set(said["found"]) == {
-        f"{op} {fmt}" for op in KERNEL_OPS for fmt in ("none", "block_wise_fp8")
-    }
+    assert set(said["found"]) == {f"{op} {fmt}" for op in OPS for fmt in ("none", "block_wise_fp8")}
     for name, ran in said["found"].items():
         assert ran["same"], f"{name}: other bytes than with torch"
         assert [kind[1:] for kind in ran["paddle"]] == [kind[1:] for kind in ran["torch"]], name

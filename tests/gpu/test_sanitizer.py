@@ -4,17 +4,15 @@
 import numpy as np
 import pytest
 
-from fastkv.backends.kernels import KERNELS
 from helpers.batches import FORMATS, make_batch
 from helpers.calls import OPS
 from helpers.on_gpu import gpu_call, host_call, synchronize, tensors_in, to_cpu
 
 pytestmark = pytest.mark.sanitizer
-KERNEL_OPS = sorted(set(OPS) - set(KERNELS["cuda"].lacks))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("op", KERNEL_OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_an_op_with_everything_given(op, fmt):
     call = gpu_call(op, fmt)
     result = call.run()
@@ -26,7 +24,9 @@ def test_an_op_with_everything_given(op, fmt):
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("op", ["rope_write_kv", "gather_kv", "paged_attention"])
+@pytest.mark.parametrize(
+    "op", ["rope_write_kv", "gather_kv", "paged_attention", "masked_attention"]
+)
 def test_head_dims(op, head_dim):
     gpu_call(op, "cache_int8", head_dim=head_dim, group=2).run()
     synchronize()
@@ -40,6 +40,19 @@ def test_a_context_that_is_split_between_blocks(fmt):
     out, _ = call.run()
     synchronize()
     assert to_cpu(out).shape[0] == 6
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(64, "float16"), (128, "bfloat16"), (256, "float16")]
+)
+@pytest.mark.parametrize("window", [None, 40])
+def test_tiles_of_rows_and_keys_that_are_full_and_in_part(head_dim, dtype, window):
+    shape = {"cached": (300, 3, 70), "new": (140, 1, 128), "kv_heads": 1, "group": 2}
+    call = gpu_call("masked_attention", "none", head_dim=head_dim, dtype=dtype, **shape)
+    call["window"] = window
+    out, _ = call.run()
+    synchronize()
+    assert to_cpu(out).shape[0] == 270
 
 
 def test_the_batch_is_poisoned():

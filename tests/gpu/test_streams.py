@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from fastkv import arrays
-from fastkv.backends.kernels import KERNELS
 from helpers.calls import OPS, Call
 from helpers.growing import growing_call
 from helpers.on_gpu import (
@@ -23,7 +22,7 @@ from helpers.on_gpu import (
 )
 
 DEVICES = gpu_devices()
-every_op = pytest.mark.parametrize("op", sorted(set(OPS) - set(KERNELS["cuda"].lacks)))
+every_op = pytest.mark.parametrize("op", OPS)
 every_library = pytest.mark.parametrize("library", ["torch", "cupy"])
 
 

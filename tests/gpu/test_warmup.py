@@ -27,24 +27,27 @@ loaded = jit.loaded()
 ones = np.ones(2, np.float32)
 static = to_gpu(StaticScales(ones, ones, ones, ones), "torch")
 caches = spec.allocate(16, "torch", "cuda:0")
-backend = get_backend(spec, name="append", device="cuda:90")
+backends = [get_backend(spec, name=n, device="cuda:90") for n in ("append", "flash", "flash_mask")]
 rope = to_gpu(Rope.from_theta(1e4, 64, 128), "torch")
 for new, num_decode in (((40, 3), 0), ((1, 1), 2), ((4, 4), 2), ((1, 24), 1)):
     sums = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
     meta = to_gpu(
         dict(
             cu_seqlens_q=sums,
+            cu_seqlens_k=sums,
             cache_seqlens=np.zeros(2, np.int32),
             block_table=np.arange(12, dtype=np.int32).reshape(2, 6),
         ),
         "torch",
     )
-    meta = BatchMeta(caches, spec, **meta, num_decode=num_decode, rope=rope)
+    meta |= dict(total_k=sum(new), num_decode=num_decode, rope=rope)
+    meta = BatchMeta(caches, spec, **meta)
     for layer_id, quant in enumerate(("cache_int8", "block_wise_fp8")):
         layer = SimpleNamespace(layer_id=layer_id, cache_quant_type_str=quant)
         layer.static_scales = static if layer_id == 0 else None
         qkv = to_gpu(np.zeros((sum(new), 12 * 64), np.float32), "torch").bfloat16()
-        backend.forward_mixed(qkv, layer, meta)
+        for backend in backends:
+            backend.forward_mixed(qkv, layer, meta)
 found = [[row.op, row.format, row.kernels] for row in rows]
 print(json.dumps({"rows": found, "new": jit.loaded() - loaded}))
 """
@@ -56,7 +59,7 @@ def test_a_warmed_up_process_compiles_nothing_more(run_python):
     kernels = {(op, fmt): count for op, fmt, count in said["rows"]}
     assert all(kernels[op, "cache_int8"] >= 1 for op in ("rope_write_kv", "gather_kv"))
     assert kernels["paged_attention", "block_wise_fp8"] >= 1
-    assert kernels["merge_states", None] == 1
+    assert kernels["merge_states", None] == kernels["masked_attention", None] == 1
 
 
 def test_cupy_alone_serves_float16():

@@ -60,6 +60,16 @@ def growing_call(op, fmt, dtype="float16", seed=0):
         steps = [
             {"cache_seqlens": lengths(step), "q": floats(rng, queries, dtype)} for step in STEPS
         ]
+    elif op == "masked_attention":
+        k, v = floats(rng, (2, total, kv, dim), dtype)
+        fixed = {"k": k, "v": v, "cu_seqlens_q": batch.cu_seqlens_q, "return_lse": True}
+        steps = [
+            {
+                "cu_seqlens_k": running_sum(lengths(step) + NEW),
+                "q": floats(rng, queries, dtype),
+            }
+            for step in STEPS
+        ]
     elif op == "merge_states":
         fixed = {}
         steps = [

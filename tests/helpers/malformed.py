@@ -111,7 +111,9 @@ def value_call(op, fmt):
 
 
 _PAGED = ("rope_write_kv", "gather_kv", "paged_attention")
-_QUERIES = ("rope_write_kv", "paged_attention")
+_QUERIES = ("rope_write_kv", "paged_attention", "masked_attention")
+_SEGMENTS = ("gather_kv", "masked_attention")
+_INTERVALS = ("paged_attention", "masked_attention")
 
 
 def _at(index, value):
@@ -136,9 +138,9 @@ VALUE_FAULTS = (
     ValueFault("rows past the batch", _QUERIES, "cu_seqlens_q", _at(3, 1000), one=False),
     ValueFault("negative rows", _QUERIES, "cu_seqlens_q", _at(0, -3), one=False),
     ValueFault("huge rows", _QUERIES, "cu_seqlens_q", _at(3, _BIG), one=False),
-    ValueFault("decreasing segments", ("gather_kv",), "cu_seqlens_k", _at(2, 1), one=False),
-    ValueFault("segments past the rows", ("gather_kv",), "cu_seqlens_k", _at(3, 10**6), one=False),
-    ValueFault("negative segments", ("gather_kv",), "cu_seqlens_k", _at(0, -5), one=False),
+    ValueFault("decreasing segments", _SEGMENTS, "cu_seqlens_k", _at(2, 1), one=False),
+    ValueFault("segments past the rows", _SEGMENTS, "cu_seqlens_k", _at(3, 10**6), one=False),
+    ValueFault("negative segments", _SEGMENTS, "cu_seqlens_k", _at(0, -5), one=False),
     ValueFault(
         "short tables",
         ("rope_write_kv",),
@@ -146,10 +148,8 @@ VALUE_FAULTS = (
         lambda rope: Rope(rope.cos[:8], rope.sin[:8]),
         one=False,
     ),
-    ValueFault(
-        "interval from behind its end", ("paged_attention",), "mask_offsets", _at(2, (9, 4))
-    ),
-    ValueFault("interval outside", ("paged_attention",), "mask_offsets", _at(2, (-4, 10**6))),
+    ValueFault("interval from behind its end", _INTERVALS, "mask_offsets", _at(2, (9, 4))),
+    ValueFault("interval outside", _INTERVALS, "mask_offsets", _at(2, (-4, 10**6))),
     *[
         ValueFault(f"page {page} in {name}", ("copy_pages",), name, _at(FAULTY, page))
         for page in (10**6, _BIG, -2, -(2**31))

@@ -47,15 +47,20 @@ def test_every_op_is_called_for_a_format(fmt, on_the_cpu, called):
     rows = fastkv.warmup(spec_of(fmt), num_query_heads=6, **on_the_cpu)
     assert [(row.op, row.format) for row in rows] == [
         *[(op, fmt) for op in PAGED],
+        ("masked_attention", None),
         ("merge_states", None),
     ]
     assert all(row.seconds >= 0 and row.kernels == 0 for row in rows)
-    assert called["masked_attention"].call_count == 0
+    (contiguous,) = called["masked_attention"].call_args_list
+    assert [x.shape for x in contiguous.args] == [(1, 6, 64), (1, 2, 64), (1, 2, 64)]
+    assert {x.dtype.name for x in contiguous.args} == {"bfloat16"}
     write = called["rope_write_kv"].call_args
     assert write.args[0].shape == (1, (6 + 2 * 2) * 64)
     assert write.args[0].dtype.name == "bfloat16"
     assert write.kwargs["rope"].cos.shape == (1, 32)
     assert write.kwargs["q_norm_weight"] is None
+    assert write.kwargs["out_k"].shape == (1, 2, 64)
+    assert write.kwargs["out_v"].dtype.name == "bfloat16"
     attended = [call.args[0].shape for call in called["paged_attention"].call_args_list]
     assert attended == [(rows, 6, 64) for rows in (1, 2, 4, 8, 64)]
 
@@ -64,8 +69,9 @@ def test_each_format_is_warmed_up_once(on_the_cpu, called):
     spec = spec_of("cache_int8", "none", "cache_int8", "none")
     rows = fastkv.warmup(spec, num_query_heads=2, **on_the_cpu)
     formats = [row.format for row in rows]
-    assert formats == ["cache_int8"] * 4 + ["none"] * 4 + [None]
-    assert called["rope_write_kv"].call_count == 2
+    assert formats == ["cache_int8"] * 4 + ["none"] * 4 + [None] * 2
+    writes = called["rope_write_kv"].call_args_list
+    assert ["out_k" in write.kwargs for write in writes] == [False, True] * 2
 
 
 def test_what_layers_have_reaches_the_op(on_the_cpu, called):
@@ -95,7 +101,7 @@ def test_a_granularity_that_one_format_has_not_leaves_it_its_own(on_the_cpu, cal
     spec = spec_of("cache_fp8", "cache_int8")
     fastkv.warmup(spec, num_query_heads=2, granularity="channel", **on_the_cpu)
     shapes = [c.args[1].static.k_quant.shape for c in called["rope_write_kv"].call_args_list]
-    assert shapes == [(2,), (2, 64)]
+    assert shapes == [(2,)] * 2 + [(2, 64)] * 2
 
 
 def test_progress_names_what_comes_next(on_the_cpu):
@@ -104,9 +110,10 @@ def test_progress_names_what_comes_next(on_the_cpu):
         spec_of("none"), num_query_heads=2, progress=lambda *said: seen.append(said), **on_the_cpu
     )
     assert seen == [
-        *[(i, 5, f"{op} none") for i, op in enumerate(PAGED)],
-        (4, 5, "merge_states"),
-        (5, 5, ""),
+        *[(i, 6, f"{op} none") for i, op in enumerate(PAGED)],
+        (4, 6, "masked_attention"),
+        (5, 6, "merge_states"),
+        (6, 6, ""),
     ]
 
 

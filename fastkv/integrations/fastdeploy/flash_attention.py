@@ -58,7 +58,7 @@ def flash_mask_attention(
 
     Raises:
         ContractError: an argument that is missing or misshapen; nothing has been written then.
-        UnsupportedError: the tensors are on a GPU, for which fastkv has no such kernel.
+        UnsupportedError: on a GPU, what the kernel of `fastkv.ops.masked_attention` does not take.
     """
     op = "flash_mask_attention"
     info = described(op, "q", q, "a tensor [T, Hq, D]")

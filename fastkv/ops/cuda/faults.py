@@ -33,7 +33,7 @@ FAULTS = {
     2: Fault("block_table of request {b}", "page ids from -1 to N - 1"),
     3: Fault("rope of request {b}", "tables that reach all positions"),
     4: Fault("cu_seqlens_q at request {b}", "rows of the batch, ascending"),
-    5: Fault("cu_seqlens_k of request {b}", "an empty segment, or rows for all of its tokens"),
+    5: Fault("cu_seqlens_k of request {b}", "an empty segment, or ascending rows for all its keys"),
     6: Fault("src[{b}]", "-1 to N - 1"),
     7: Fault("dst[{b}]", "-1 to N - 1"),
     8: Fault("mask_offsets of request {b}", "0 <= start <= end <= its keys"),

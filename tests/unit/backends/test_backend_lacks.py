@@ -7,7 +7,7 @@ import pytest
 
 from fastkv import CacheSpec
 from fastkv.backends import get_backend, kernels, select_backend
-from fastkv.backends.kernels import Device, Kernels, Lack, kernel_refusals, lacks, missing_ops
+from fastkv.backends.kernels import Device, Kernels, Lack, kernel_refusals, lacks
 from fastkv.errors import ContractError
 
 H100 = Device("cuda", 90)
@@ -21,7 +21,6 @@ ROW = Kernels(
     page_sizes=(16, 32),
     groups=range(2, 9),
     storage=("int8", "float8_e4m3fn"),
-    lacks={"gather_kv": "not built", "copy_pages": "not yet"},
 )
 ANY = Kernels(name="any", kind="cpu")
 
@@ -128,12 +127,6 @@ def test_a_kind_of_device_without_kernels():
     )
 
 
-def test_missing_ops_are_named_once():
-    ops = ["copy_pages", "merge_states", "gather_kv", "copy_pages"]
-    assert missing_ops(ROW, ops) == ["no copy_pages: not yet", "no gather_kv: not built"]
-    assert missing_ops(None, ops) == []
-
-
 # --- query heads ------------------------------------------------------------------------------
 
 
@@ -162,10 +155,9 @@ def test_the_text_about_query_heads(count, heads):
 def test_the_text_of_the_table(monkeypatch):
     monkeypatch.setattr(kernels, "KERNELS", MappingProxyType({"any": ANY, "some": ROW}))
     assert kernels.markdown_table().splitlines() == [
-        "| kernels | device | head dims | page sizes | query heads a KV head | stored dtypes "
-        "| lack |",
-        "|---|---|---|---|---|---|---|",
-        "| `any` | cpu | any | any | any | any | – |",
+        "| kernels | device | head dims | page sizes | query heads a KV head | stored dtypes |",
+        "|---|---|---|---|---|---|",
+        "| `any` | cpu | any | any | any | any |",
         "| `some` | sm_80 or newer | 64, 128 | 16, 32 | 2 to 8 "
-        "| int8, float8_e4m3fn (from sm_89) | `gather_kv`, `copy_pages` |",
+        "| int8, float8_e4m3fn (from sm_89) |",
     ]

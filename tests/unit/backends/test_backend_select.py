@@ -30,7 +30,7 @@ from helpers.recording import RecordingOps
 from helpers.sentinels import FORMATS
 
 CLASSES = {"append": AppendBackend, "flash": FlashBackend, "flash_mask": FlashMaskBackend}
-#: A build whose CUDA kernels have every op, as a later version's will.
+#: Kernels that serve less than this version's.
 BUILT = {
     "reference": Kernels(name="reference", kind="cpu"),
     "cuda": Kernels(
@@ -172,7 +172,6 @@ def test_error_of_auto_has_every_reason_of_every_backend():
     assert "on cuda (sm_90) with sinks, soft_cap, window" in error.request
     for reason in ("A has none", "M neither", "M no", "F never"):
         assert reason in str(error)
-    assert str(error).count("no masked_attention: this version has no CUDA kernel for it") == 2
 
 
 def test_auto_takes_the_first_when_nothing_is_asked():
@@ -223,24 +222,16 @@ def test_device_that_nobody_knows(text):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("name", ["append", "auto"])
-def test_append_runs_on_a_gpu(name, fmt):
+@pytest.mark.parametrize("name", [*BACKEND_NAMES, "auto"])
+def test_every_backend_runs_on_a_gpu(name, fmt):
     choice = select_backend(name, spec_of(fmt), "cuda:90")
-    assert (choice.backend, choice.kernel, choice.rejected) == ("append", "cuda", ())
+    backend = "append" if name == "auto" else name
+    assert (choice.backend, choice.kernel, choice.rejected) == (backend, "cuda", ())
 
 
-@pytest.mark.parametrize("name", ["flash", "flash_mask"])
-def test_backends_of_an_op_without_a_kernel_are_refused(name):
-    error = refused(name, spec_of(), "cuda:90")
-    reason = "no masked_attention: this version has no CUDA kernel for it; append needs none"
-    assert error.rejected == ((name, reason),)
-    assert select_backend(name, spec_of(), "cuda:90", kernels=BUILT).kernel == "cuda"
-
-
-def test_auto_never_takes_what_an_op_lacks():
-    row = Kernels(**{**fields_of(BUILT["cuda"]), "lacks": {"paged_attention": "not built"}})
-    error = refused("auto", spec_of(), "cuda:90", kernels={"cuda": row})
-    reason = "no paged_attention: not built"
+def test_auto_says_of_each_backend_what_the_kernels_lack():
+    error = refused("auto", spec_of(head_dim=80), "cuda:90")
+    reason = "head dim 80 is none of 64, 96, 128, 256"
     assert error.rejected == tuple((name, reason) for name in BACKEND_NAMES)
 
 
@@ -270,10 +261,6 @@ def test_what_a_gpu_lacks(sm, fmt, kernels):
     assert ("needs sm_80 or newer, the device is cuda (sm_75)" in text) == (sm < 80)
     wants_fp8 = f"float8_e4m3fn needs sm_89 or newer, the device is cuda (sm_{sm})"
     assert (wants_fp8 in text) == is_fp8
-
-
-def fields_of(row):
-    return {name: getattr(row, name) for name in Kernels.__dataclass_fields__}
 
 
 def test_every_format_of_a_mixed_cache_counts():
@@ -408,8 +395,8 @@ def test_environment_is_never_overridden_either(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "flash")
     with pytest.raises(SelectionError, match="no interval of keys"):
         get_backend(spec_of(), features=["mask_offsets_on_prefill"])
-    with pytest.raises(SelectionError, match="no masked_attention"):
-        get_backend(spec_of(), device="cuda:90")
+    with pytest.raises(SelectionError, match="head dim 80 is none of"):
+        get_backend(spec_of(head_dim=80), device="cuda:90")
 
 
 # --- creation ---------------------------------------------------------------------------------

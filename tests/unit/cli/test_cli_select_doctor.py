@@ -54,7 +54,7 @@ def test_select_on_a_gpu_says_what_runs(run):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("--backend", "flash"), "no masked_attention: this version has no CUDA kernel for it"),
+        (("--backend", "flash", "--head-dim", "72"), "head dim 72 is none of 64, 96, 128, 256"),
         (("--device", "cuda:80", "--quant", "cache_fp8"), "float8_e4m3fn needs sm_89 or newer"),
         (("--head-dim", "80"), "head dim 80 is none of 64, 96, 128, 256"),
         (("--page-size", "8"), "page size 8 is none of 16, 32, 64, 128"),

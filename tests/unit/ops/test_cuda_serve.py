@@ -8,12 +8,9 @@ import pytest
 
 from fastkv import CacheSpec, LayerCache
 from fastkv.backends import select_backend
-from fastkv.backends.kernels import KERNELS
 from fastkv.contracts import calls
 from fastkv.errors import SelectionError, UnsupportedError
-from fastkv.ops import dispatch
 from fastkv.ops.cuda import jit, serve
-from helpers.calls import OPS, legal_call
 
 
 @pytest.fixture
@@ -86,6 +83,22 @@ def test_another_layer_s_format_does_not_count(on):
     serve.require_served(*checked(fmt="none"), 0)
 
 
+def test_an_op_without_a_cache_is_asked_for_device_and_head_dim(on):
+    def attends(dim, group=32):
+        q, k = np.zeros((3, 2 * group, dim), np.float32), np.zeros((5, 2, dim), np.float32)
+        sums = np.zeros(2, np.int32)
+        return calls.masked_attention(q, k, k, sums, sums, *(None,) * 6)
+
+    on(80)
+    serve.require_served(attends(96), None, 0)
+    with pytest.raises(UnsupportedError) as caught:
+        serve.require_served(attends(80), None, 0)
+    assert (caught.value.argument, caught.value.got) == ("head_dim", "80")
+    on(75)
+    with pytest.raises(UnsupportedError, match="needs sm_80 or newer"):
+        serve.require_served(attends(96), None, 0)
+
+
 def test_an_op_that_serves_more_shapes_asks_for_the_device_alone(on):
     state = np.zeros((3, 34, 7), np.float32), np.zeros((3, 34), np.float32)
     merge = calls.merge_states(*state, *state)
@@ -98,34 +111,6 @@ def test_an_op_that_serves_more_shapes_asks_for_the_device_alone(on):
     for checker, cache in ((merge, None), checked()):
         with pytest.raises(UnsupportedError, match="needs sm_80 or newer"):
             serve.require_device(checker, cache, 0)
-
-
-# --- ops without a kernel ---------------------------------------------------------------------
-
-
-def test_the_ops_that_kernels_lack_are_ops():
-    assert set(KERNELS["cuda"].lacks) < set(OPS)
-    assert KERNELS["reference"].lacks == {}
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_an_op_without_a_kernel_is_refused_before_it_allocates(op, mocker):
-    call = legal_call(op)
-    contract = mocker.spy(calls, op)
-    call.run()
-    checker = contract.spy_return
-    dispatch.require_kernel(checker)  # on the CPU every op runs
-    checker.first = checker.first._replace(device="cuda:0", library="torch")
-    mocker.patch.object(calls, op, return_value=checker)
-    reference = mocker.patch(f"fastkv.ops.reference.{op}.{op}")
-    allocates = mocker.patch.object(dispatch.arrays, "on_device")
-    if op not in KERNELS["cuda"].lacks:
-        dispatch.require_kernel(checker)
-        return
-    error = call.raises(UnsupportedError)
-    assert (error.op, error.argument, error.got) == (op, "device", "cuda:0")
-    assert error.hint == f"On a GPU there is no {op}: {KERNELS['cuda'].lacks[op]}."
-    assert reference.call_count == allocates.call_count == 0
 
 
 def test_policy_and_refusal_import_no_array_library(run_python):

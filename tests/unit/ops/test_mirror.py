@@ -16,7 +16,6 @@ import pytest
 import fastkv
 from fastkv import CacheSpec, ops, quant
 from fastkv.backends import resolve
-from fastkv.backends.kernels import KERNELS
 from fastkv.contracts import calls
 from fastkv.errors import MissingTensorError, UnknownNameError
 from fastkv.ops.reference import codecs
@@ -27,8 +26,6 @@ from helpers.calls import OPS
 from helpers.compare import assert_close, assert_same_bits
 
 ROOT = Path(__file__).resolve().parents[3]
-# Ops without a kernel, and why: each other one has launcher, kernel and GPU test.
-NO_KERNEL = {"masked_attention": "comes with the prefill kernels; refused on a GPU until then"}
 # What the reference's folder holds besides the ops.
 SHARED = {"__init__", "attend", "codecs", "paging", "values"}
 
@@ -64,14 +61,10 @@ def test_an_op_has_a_launcher_a_kernel_and_a_gpu_test(op):
         "GPU test": ROOT / "tests" / "gpu" / f"test_{op}.py",
     }
     found = {what for what, path in places.items() if path.is_file()}
-    assert found == (set() if op in NO_KERNEL else set(places))
+    assert found == set(places)
 
 
-def test_an_op_without_a_kernel_is_in_the_table_of_kernels():
-    assert set(KERNELS["cuda"].lacks) == set(NO_KERNEL)
-
-
-@pytest.mark.parametrize("op", sorted(set(OPS) - set(NO_KERNEL)))
+@pytest.mark.parametrize("op", OPS)
 def test_a_launcher_takes_what_dispatch_hands_over(op):
     launcher = importlib.import_module(f"fastkv.ops.cuda.{op}")
     reference = importlib.import_module(f"fastkv.ops.reference.{op}")
