@@ -528,3 +528,27 @@ def test_a_peer_that_is_left_out_is_named(module):
     assert found.skips("here", "FlashInfer FA3")
     assert not found.skips("here", "FlashInfer FA2")
     assert ["FA3" in error for error in found.errors] == [True]
+
+
+def test_both_ways_behind_a_prefix_agree_in_every_format(module, clock, tmp_path):
+    bench = module("bench_prefix")
+    case = bench.Case(2, 20, 96, (4, 2), 64)
+    path = tmp_path / "result.json"
+    bench.main(["--json", str(path), "--no-peers", "--quick"], clock, "cpu", [case])
+    found = json.loads(path.read_text("utf-8"))
+    assert found["errors"] == []
+    assert sorted((row["format"], row["shape"]) for row in found["rows"]) == sorted(
+        (label, case.shape(way, 16)) for label in LABELS for way in bench.WAYS
+    )
+
+
+def test_ways_that_disagree_are_told(module, clock, tmp_path, monkeypatch):
+    bench = module("bench_prefix")
+    whole = bench.ops.masked_attention
+    monkeypatch.setattr(
+        bench.ops, "masked_attention", lambda *a, **k: whole(*a, **{**k, "causal": False})
+    )
+    path = tmp_path / "result.json"
+    case = bench.Case(2, 90, 96, (4, 2), 64)
+    bench.main(["--json", str(path), "--formats", "none"], clock, "cpu", [case])
+    assert any("append: ValueError: differs" in x for x in json.loads(path.read_text())["errors"])
