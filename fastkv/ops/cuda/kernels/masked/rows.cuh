@@ -46,6 +46,31 @@ __device__ __forceinline__ void cap_scores(float (&s)[kTiles][4], const Units& u
   }
 }
 
+// Of the columns 8j and 8j + 1 in order, how many are below x.
+template <int kTiles> __device__ __forceinline__ int columns_below(int x) {
+  return min(max((x >> 3) * 2 + min(x & 7, 2), 0), 2 * kTiles);
+}
+
+// Scores of keys that a row does not see to -inf; `from` is the lane's first key. What a row sees is
+// a run of the lane's columns: a word of bits, so that a score takes one test of a constant bit.
+template <int kTiles>
+__device__ __forceinline__ void hide_keys(float (&s)[kTiles][4], const Rows& r, int from) {
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const int begin = columns_below<kTiles>(r.low[row] - from);
+    const int end = columns_below<kTiles>(r.high[row] - from);
+    const u32 seen = u32((u64(1) << end) - 1) & ~u32((u64(1) << begin) - 1);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& x = s[j][2 * row + i];
+        x = seen >> (2 * j + i) & 1 ? x : MINUS_INFINITY;
+      }
+    }
+  }
+}
+
 // From products to weights, rounded later, for the keys from `from` on; what scales the sums so far
 // is left in `shrink`. Returns whether it is 1 for the whole warp.
 template <int kTiles>
@@ -57,21 +82,7 @@ __device__ __forceinline__ bool soften(float (&s)[kTiles][4], Rows& r, float (&s
   }
   float factor = units.factor;
   if (units.cap != 0.f) cap_scores(s, units), factor = 1.f;
-  if (!clean) {
-    from += threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const int low = r.low[row] - from, high = r.high[row] - from;
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[j][2 * row + i];
-          x = 8 * j + i >= low && 8 * j + i < high ? x : MINUS_INFINITY;
-        }
-      }
-    }
-  }
+  if (!clean) hide_keys(s, r, from + threadIdx.x % 4 * 2);
   bool same = true;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
