@@ -216,7 +216,7 @@ def peers(case: Case, sets: list[Triple]) -> Iterable[tuple[str, Callable[[], li
         name = f"FlashInfer {backend.upper()}"
         if len(case.lengths) > 1:
             ragged = partial(prefill_peers.flashinfer_ragged, sets, case.lengths, causal)
-            yield name, partial(ragged, backend)
+            yield f"{name} ragged", partial(ragged, backend)
         else:
             yield name, partial(prefill_peers.flashinfer_single, sets, causal, backend)
     if len(case.lengths) == 1:
@@ -226,7 +226,9 @@ def peers(case: Case, sets: list[Triple]) -> Iterable[tuple[str, Callable[[], li
 def add_rows(found: Report, case: Case, times: dict[str, Timing]) -> None:
     """A row a path: the device's own against the best peer, `mma.sync` against FA2, its like."""
     others = {name: time for name, time in times.items() if not name.startswith(OWN)}
-    like = {name: time for name, time in others.items() if name.endswith(("FA2", "FlexAttention"))}
+    like = {
+        name: time for name, time in others.items() if name.startswith(("FlashInfer FA2", "Flex"))
+    }
     for path in PATHS:
         own = times.get(f"{OWN} {path}")
         if own is not None:
