@@ -8,7 +8,6 @@ import pytest
 from helpers.calls import OPS
 from helpers.on_gpu import with_helpers
 
-
 SCRIPT = """
 import json, os
 from helpers import paddle_stand_in
