@@ -20,6 +20,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   wait_for_previous_kernel();
   let_next_kernel_start();
   attend_all(p, memory);
-  clear_rows<kD>(p.out, p.out_token, p.out_head, p.lse, p.tokens, p.kv_heads * p.group, p.fresh,
-                 p.cu_seqlens_q[0], p.cu_seqlens_q[p.requests]);
+  const int writer = int(threadIdx.x) - kFirstWriter;
+  if (writer >= 0) {
+    clear_rows<kD>(writer, kThreads - kFirstWriter, p.out, p.out_token, p.out_head, p.lse, p.tokens,
+                   p.kv_heads * p.group, p.fresh, p.cu_seqlens_q[0], p.cu_seqlens_q[p.requests]);
+  }
 }

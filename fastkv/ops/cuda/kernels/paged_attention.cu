@@ -193,6 +193,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, FASTKV_BLOCKS)
     if (threadIdx.x == 0) sh.item = find_item(p, sh.share, sh.request, at);
     __syncthreads();
   }
-  clear_rows<kD>(p.out, p.out_token, p.out_head, p.lse, p.tokens, p.kv_heads * p.group, p.fresh,
-                 begin_rows, end_rows);
+  clear_rows<kD>(threadIdx.x, kThreads, p.out, p.out_token, p.out_head, p.lse, p.tokens,
+                 p.kv_heads * p.group, p.fresh, begin_rows, end_rows);
 }

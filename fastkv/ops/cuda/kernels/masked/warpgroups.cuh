@@ -9,6 +9,7 @@
 constexpr int kN = kWidth > 128 ? 64 : 128;  // keys of a tile
 constexpr int kStages = 2;
 constexpr int kThreads = 384, kBlocks = 1;  // of a block, and blocks a multiprocessor
+constexpr int kFirstWriter = 128;  // those that copy have registers for no more
 constexpr int kScoreTiles = kN / 8;
 constexpr int kQueryBytes = kM * kWidth * 2, kTileBytes = kN * kWidth * 2;
 constexpr int kPermutedBytes = 1024;  // matrices begin at multiples

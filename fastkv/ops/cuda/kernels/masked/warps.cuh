@@ -11,6 +11,7 @@ constexpr int kN = kWidth > 128 ? 32 : 64;  // keys of a tile
 constexpr int kHalves = kWidth > 128 ? 1 : 2;  // of a warp's rows, 16 each: K and V are read once for all
 constexpr int kThreads = kM / (16 * kHalves) * 32;
 constexpr int kBlocks = kWidth > 128 ? 1 : 2;  // a multiprocessor
+constexpr int kFirstWriter = 0;
 constexpr int kScoreTiles = kN / 8;
 constexpr int kPitch = 2 * kWidth;  // bytes of a row, its 16-byte pieces XORed with the row modulo 8
 constexpr int kQueryBytes = kM * kPitch, kTileBytes = kN * kPitch;
