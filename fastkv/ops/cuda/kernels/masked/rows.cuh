@@ -4,24 +4,15 @@
 #pragma once
 #include "masked/work.cuh"
 
-// Maximum of the scores (base 2), the lane's part of the sum of 2^(s - m), and the keys seen.
+// Maximum of the scores (base 2), and the lane's part of the sum of 2^(s - m).
 struct Rows {
-  float m[2], l[2];
-  int low[2], high[2];
-
-  Rows() = default;
-  // Rows `first` and `first` + 8 of a tile; nothing is seen by what is no row.
-  __device__ __forceinline__ Rows(const Params& p, const Work& w, int first) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      m[i] = MINUS_INFINITY, l[i] = 0.f, low[i] = high[i] = 0;
-      const int row = first + 8 * i;
-      if (row >= w.rows) continue;
-      const int2 keys = keys_of(p, w.request, w.row + row);
-      low[i] = keys.x, high[i] = keys.y;
-    }
-  }
+  float m[2] = {MINUS_INFINITY, MINUS_INFINITY}, l[2] = {0.f, 0.f};
 };
+
+// Keys that a row of a tile sees; nothing is seen by what is no row.
+__device__ __forceinline__ int2 keys_of(const Params& p, const Work& w, int row) {
+  return row < w.rows ? keys_of(p, w.request, w.row + row) : int2{0, 0};
+}
 
 // What turns products into scores in units of log 2, which is positive: for a negative one the
 // products' sign changes.
@@ -51,14 +42,16 @@ template <int kTiles> __device__ __forceinline__ int columns_below(int x) {
   return min(max((x >> 3) * 2 + min(x & 7, 2), 0), 2 * kTiles);
 }
 
-// Scores of keys that a row does not see to -inf; `from` is the lane's first key. What a row sees is
-// a run of the lane's columns: a word of bits, so that a score takes one test of a constant bit.
-template <int kTiles>
-__device__ __forceinline__ void hide_keys(float (&s)[kTiles][4], const Rows& r, int from) {
+// Scores of keys that row g + 8i does not see, which `seen_by(i)` tells, to -inf; `from` is the lane's
+// first key. What a row sees is a run of the lane's columns: a word of bits, so that a score takes one
+// test of a constant bit.
+template <int kTiles, class SeenBy>
+__device__ __forceinline__ void hide_keys(float (&s)[kTiles][4], const SeenBy& seen_by, int from) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const int begin = columns_below<kTiles>(r.low[row] - from);
-    const int end = columns_below<kTiles>(r.high[row] - from);
+    const int2 keys = seen_by(row);
+    const int begin = columns_below<kTiles>(keys.x - from);
+    const int end = columns_below<kTiles>(keys.y - from);
     const u32 seen = u32((u64(1) << end) - 1) & ~u32((u64(1) << begin) - 1);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
@@ -73,16 +66,17 @@ __device__ __forceinline__ void hide_keys(float (&s)[kTiles][4], const Rows& r, 
 
 // From products to weights, rounded later, for the keys from `from` on; what scales the sums so far
 // is left in `shrink`. Returns whether it is 1 for the whole warp.
-template <int kTiles>
+template <int kTiles, class SeenBy>
 __device__ __forceinline__ bool soften(float (&s)[kTiles][4], Rows& r, float (&shrink)[2],
-                                       const Units& units, int from, bool clean) {
+                                       const Units& units, int from, bool clean,
+                                       const SeenBy& seen_by) {
   if (units.negative) {
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) s[i / 4][i % 4] = -s[i / 4][i % 4];
   }
   float factor = units.factor;
   if (units.cap != 0.f) cap_scores(s, units), factor = 1.f;
-  if (!clean) hide_keys(s, r, from + threadIdx.x % 4 * 2);
+  if (!clean) hide_keys(s, seen_by, from + threadIdx.x % 4 * 2);
   bool same = true;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {

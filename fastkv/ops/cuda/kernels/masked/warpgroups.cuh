@@ -90,9 +90,8 @@ __device__ __forceinline__ void produce(const Params& p, const Layout& at) {
     barrier_wait(at.q_empty(), round & 1 ^ 1);
     copy_rows<kM>(at.q, q, p.q_token, 0, w.rows);
     barrier_arrive_after_copies(at.q_full());
-    const int kv_head = w.head / p.group;
-    const Math* k = p.k + r.first_key * p.k_token + kv_head * p.k_head;
-    const Math* v = p.v + r.first_key * p.v_token + kv_head * p.v_head;
+    const Math* k = p.k + r.first_key * p.k_token + w.kv_head * p.k_head;
+    const Math* v = p.v + r.first_key * p.v_token + w.kv_head * p.v_head;
     const int begin = w.low / kN, end = w.low < w.high ? (w.high + kN - 1) / kN : begin;
     for (int n = end - 1; n >= begin; --n, turn = turn.next()) {
       const int stage = turn.stage(), low = w.low - n * kN, high = min(w.high - n * kN, kN);
@@ -176,6 +175,8 @@ struct Consumer {
   template <class Meanwhile>
   __device__ __forceinline__ void attend(const Work& w, Rows& r, Out& o,
                                          const Meanwhile& meanwhile) {
+    const int2 seen[2] = {keys_of(p, w, first_row), keys_of(p, w, first_row + 8)};
+    const auto seen_by = [&](int row) { return seen[row]; };
     const int begin = w.low / kN;
     int n = (w.high + kN - 1) / kN - 1;
     Scores s;
@@ -185,7 +186,7 @@ struct Consumer {
     multiply_next_keys(s, turn);
     wgmma_wait<0>();
     release(at.k_empty(turn.stage()));
-    bool same = soften(s, r, shrink, units, n * kN, w.is_clean(n * kN, kN));
+    bool same = soften(s, r, shrink, units, n * kN, w.is_clean(n * kN, kN), seen_by);
     bool first = true;
     // S of a tile is multiplied beside O of the one before it. The wait for O opens the loop's body,
     // behind a jump: within one block of code the compiler would put it in front of the softmax.
@@ -208,7 +209,7 @@ struct Consumer {
       others_turn(index);
       wgmma_wait<1>();
       release(at.k_empty(next.stage()));
-      same = soften(s, r, shrink, units, n * kN, w.is_clean(n * kN, kN));
+      same = soften(s, r, shrink, units, n * kN, w.is_clean(n * kN, kN), seen_by);
     }
     release(at.q_empty());  // the next tile's rows may come
     fold();
@@ -227,7 +228,7 @@ struct Consumer {
     for (int round = 0; w.valid; ++round) {
       Work next;
       const auto find_next = [&] { next = walk.find(tile_of(round + 1)); };
-      Rows r(p, w, first_row);
+      Rows r;
       Out o;
 #pragma unroll
       for (int i = 0; i < 4 * kOutTiles; ++i) o[i / 4][i % 4] = 0.f;

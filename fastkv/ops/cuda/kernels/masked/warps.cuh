@@ -3,7 +3,8 @@
 // and multiply.
 //
 // Shared memory: Q of a tile of rows, one tile of K, one of V; K of a tile is on its way while V of
-// the one before it is multiplied, and the other way round.
+// the one before it is multiplied, and the other way round. What the tile's rows see lies there too:
+// the registers are full of sums.
 #pragma once
 #include "masked/rows.cuh"
 
@@ -25,7 +26,7 @@ __device__ __forceinline__ void copy_rows(u32 to, const Math* from, i64 stride, 
   constexpr int kPieces = kWidth / 8, kAtOnce = kThreads / kPieces;
   const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
   const Math* at = from + first * stride + piece * 8;
-#pragma unroll 4
+#pragma unroll 2
   for (int i = 0; i < kRows / kAtOnce; ++i, at += kAtOnce * stride) {
     const int row = first + i * kAtOnce;
     const bool there = row >= low && row < high && piece * 8 < kD;
@@ -41,6 +42,7 @@ __device__ __forceinline__ u32 place(u32 tile, int row, int piece) {
 }
 
 using Scores = float[kHalves][kScoreTiles][4];
+using Weights = u32[kN / 16][kHalves][4];
 using Out = float[kHalves][kOutTiles][4];
 
 __device__ __forceinline__ void multiply_keys(Scores& s, u32 q, u32 k_tile) {
@@ -51,7 +53,7 @@ __device__ __forceinline__ void multiply_keys(Scores& s, u32 q, u32 k_tile) {
   for (int i = 0; i < kHalves * kScoreTiles * 4; ++i) {
     s[i / (4 * kScoreTiles)][i / 4 % kScoreTiles][i % 4] = 0.f;
   }
-#pragma unroll
+#pragma unroll 4
   for (int step = 0; step < kWidth / 16; ++step) {
     u32 a[kHalves][4];
 #pragma unroll
@@ -69,62 +71,75 @@ __device__ __forceinline__ void multiply_keys(Scores& s, u32 q, u32 k_tile) {
   }
 }
 
-__device__ __forceinline__ void multiply_values(Out& o, const Scores& s, u32 v_tile) {
-  const int lane = threadIdx.x % 32;
-  const u32 b_at = place(v_tile, lane & 15, lane / 16);
+__device__ __forceinline__ void pack(Weights& weights, const Scores& s) {
 #pragma unroll
   for (int step = 0; step < kN / 16; ++step) {
-    u32 a[kHalves][4];
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float(&x)[4] = s[h][2 * step + i / 2];
-        a[h][i] = pack2<Math>(x[i % 2 * 2], x[i % 2 * 2 + 1]);
+        weights[step][h][i] = pack2<Math>(x[i % 2 * 2], x[i % 2 * 2 + 1]);
       }
     }
+  }
+}
+
+__device__ __forceinline__ void multiply_values(Out& o, const Weights& weights, u32 v_tile) {
+  const int lane = threadIdx.x % 32;
+  const u32 b_at = place(v_tile, lane & 15, lane / 16);
+#pragma unroll
+  for (int step = 0; step < kN / 16; ++step) {
 #pragma unroll
     for (int d = 0; d < kOutTiles; d += 2) {
       u32 b[4];  // 8 of D: keys 0-7, 8-15; the next 8 of D the same
       load_matrices_transposed(b, (b_at ^ 16 * d) + step * (16 * kPitch));
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
-        mma<Math>(o[h][d], a[h], b[0], b[1]);
-        mma<Math>(o[h][d + 1], a[h], b[2], b[3]);
+        mma<Math>(o[h][d], weights[step][h], b[0], b[1]);
+        mma<Math>(o[h][d + 1], weights[step][h], b[2], b[3]);
       }
     }
   }
 }
 
+struct Shared {
+  int round;
+  Walk::Place place;
+  Work work;
+  int2 seen[kM];  // by each row
+};
+
 // One tile of rows.
 struct Block {
   const Params& p;
+  const Shared& sh;
   const Work& w;
   u32 q, k, v;  // in shared memory
-  const Math *keys, *values;
 
-  __device__ __forceinline__ Block(const Params& p, const Work& w, const void* memory)
-      : p(p), w(w), q(shared_address(memory)), k(q + kQueryBytes), v(k + kTileBytes),
-        keys(p.k + w.request.first_key * p.k_token + w.head / p.group * p.k_head),
-        values(p.v + w.request.first_key * p.v_token + w.head / p.group * p.v_head) {}
+  __device__ __forceinline__ Block(const Params& p, const Shared& sh, const void* memory)
+      : p(p), sh(sh), w(sh.work), q(shared_address(memory)), k(q + kQueryBytes), v(k + kTileBytes) {}
 
   __device__ __forceinline__ void copy_query() const {
     const Math* rows = p.q + i64(w.request.first + w.row) * p.q_token + w.head * p.q_head;
     copy_rows<kM>(q, rows, p.q_token, 0, w.rows);
   }
-  __device__ __forceinline__ void copy_tile(u32 to, const Math* from, i64 stride, int n) const {
-    copy_rows<kN>(to, from + i64(n) * kN * stride, stride, w.low - n * kN, min(w.high - n * kN, kN));
+  __device__ __forceinline__ void copy_tile(u32 to, const Math* from, i64 token, i64 head,
+                                            int n) const {
+    from += (i64(w.request.first_key) + n * kN) * token + w.kv_head * head;
+    copy_rows<kN>(to, from, token, w.low - n * kN, min(w.high - n * kN, kN));
+  }
+  __device__ __forceinline__ void copy_keys(int n) const { copy_tile(k, p.k, p.k_token, p.k_head, n); }
+  __device__ __forceinline__ void copy_values(int n) const {
+    copy_tile(v, p.v, p.v_token, p.v_head, n);
   }
 
   __device__ __forceinline__ void run() const {
     const int begin = w.low / kN, end = w.low < w.high ? (w.high + kN - 1) / kN : begin;
     const int first = threadIdx.x / 32 * (16 * kHalves) + threadIdx.x % 32 / 4;
-    const Units units(p);
     copy_query();
-    if (begin < end) copy_tile(k, keys, p.k_token, end - 1);
+    if (begin < end) copy_keys(end - 1);
     Rows r[kHalves];
-#pragma unroll
-    for (int h = 0; h < kHalves; ++h) r[h] = Rows(p, w, first + 16 * h);
     Out o;
 #pragma unroll
     for (int i = 0; i < kHalves * kOutTiles * 4; ++i) {
@@ -133,19 +148,24 @@ struct Block {
     for (int n = end - 1; n >= begin; --n) {
       wait_copies<0>();
       __syncthreads();  // K is there for all, and V's place is free
-      copy_tile(v, values, p.v_token, n);
+      copy_values(n);
       Scores s;
       multiply_keys(s, q, k);
+      const Units units(p);
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
         float shrink[2];
-        const bool same = soften(s[h], r[h], shrink, units, n * kN, w.is_clean(n * kN, kN));
+        const auto seen_by = [&](int row) { return sh.seen[first + 16 * h + 8 * row]; };
+        const bool clean = w.is_clean(n * kN, kN);
+        const bool same = soften(s[h], r[h], shrink, units, n * kN, clean, seen_by);
         if (!same) scale_rows(o[h], shrink);
       }
+      Weights weights;
+      pack(weights, s);
       wait_copies<0>();
       __syncthreads();  // V is there, and K's place is free
-      if (n > begin) copy_tile(k, keys, p.k_token, n - 1);
-      multiply_values(o, s, v);
+      if (n > begin) copy_keys(n - 1);
+      multiply_values(o, weights, v);
     }
     wait_copies<0>();
     __syncthreads();  // the next tile's rows take Q's place
@@ -155,10 +175,20 @@ struct Block {
 };
 
 __device__ __forceinline__ void attend_all(const Params& p, const void* memory) {
-  Walk walk(p);
-  for (int round = 0;; ++round) {
-    const Work w = walk.find(tile_of(round));
-    if (!w.valid) break;
-    Block(p, w, memory).run();
+  __shared__ Shared sh;
+  if (threadIdx.x == 0) sh.round = 0, sh.place = {0, 0};
+  while (true) {
+    __syncthreads();  // the last tile's rows are written
+    if (threadIdx.x < 32) {
+      Walk walk(p, sh.place);
+      const Work w = walk.find(tile_of(sh.round));
+      __syncwarp();
+      if (threadIdx.x == 0) sh.work = w, sh.place = walk.at, ++sh.round;
+    }
+    __syncthreads();
+    if (!sh.work.valid) break;
+    for (int row = threadIdx.x; row < kM; row += kThreads) sh.seen[row] = keys_of(p, sh.work, row);
+    __syncthreads();
+    Block(p, sh, memory).run();
   }
 }

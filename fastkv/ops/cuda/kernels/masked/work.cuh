@@ -16,7 +16,8 @@ struct Request {
 // A tile of rows, and what it sees.
 struct Work {
   Request request;
-  int head, row, rows;        // of q; first row within the request, and how many
+  int head, kv_head;
+  int row, rows;              // first row within the request, and how many
   int low, high;              // keys that some row sees
   int clean_low, clean_high;  // keys that all rows see
   bool valid;
@@ -66,19 +67,23 @@ __device__ __forceinline__ int tile_of(int round) {
 
 // Walks the requests of the batch, 32 at a time; every warp of a block finds the same.
 struct Walk {
+  struct Place {
+    int request;  // of the 32 that are next
+    int base;     // tiles of those before it
+  };
   const Params& p;
-  int request = 0;  // of the 32 that are next
-  int base = 0;     // tiles of those before it
+  Place at;
 
-  __device__ __forceinline__ explicit Walk(const Params& p) : p(p) {}
+  __device__ __forceinline__ explicit Walk(const Params& p, const Place& at = {0, 0})
+      : p(p), at(at) {}
 
   // Tile t, which is behind the last one asked for.
   __device__ __forceinline__ Work find(int t) {
     const int lane = threadIdx.x % 32, heads = p.kv_heads * p.group;
     Work w;
     w.valid = false;
-    while (request < p.requests) {
-      const Request mine = read_request(p, request + lane);
+    while (at.request < p.requests) {
+      const Request mine = read_request(p, at.request + lane);
       const int tiles = (mine.rows + kM - 1) / kM * heads;
       int until = tiles;
 #pragma unroll
@@ -86,32 +91,33 @@ struct Walk {
         const int before = __shfl_up_sync(~0u, until, i);
         if (lane >= i) until += before;
       }
-      const u32 past = __ballot_sync(~0u, base + until > t);
+      const u32 past = __ballot_sync(~0u, at.base + until > t);
       if (past != 0) {
-        const int at = __ffs(past) - 1;
-        w.request = {request + at, __shfl_sync(~0u, mine.first, at), __shfl_sync(~0u, mine.rows, at),
-                     __shfl_sync(~0u, mine.first_key, at), __shfl_sync(~0u, mine.length, at)};
-        place(w, t - base - __shfl_sync(~0u, until - tiles, at));
+        const int which = __ffs(past) - 1;
+        w.request = {at.request + which, __shfl_sync(~0u, mine.first, which),
+                     __shfl_sync(~0u, mine.rows, which), __shfl_sync(~0u, mine.first_key, which),
+                     __shfl_sync(~0u, mine.length, which)};
+        place(w, t - at.base - __shfl_sync(~0u, until - tiles, which));
         find_bounds(w);
         w.valid = true;
         break;
       }
-      base += __shfl_sync(~0u, until, 31);
-      request += 32;
+      at.base += __shfl_sync(~0u, until, 31);
+      at.request += 32;
     }
     return w;
   }
 
-  // The request's tile `at`: as many KV heads side by side as have K and V in L2, and of these all
+  // The request's tile `tile`: as many KV heads side by side as have K and V in L2, and of these all
   // heads' rows of one tile before the next, those that see most first.
-  __device__ __forceinline__ void place(Work& w, int at) const {
+  __device__ __forceinline__ void place(Work& w, int tile) const {
     const Request& r = w.request;
     const int row_tiles = (r.rows + kM - 1) / kM;
     const int fit = int(min(kCachedBytes / (i64(max(r.length, 1)) * (4 * kD)), i64(p.kv_heads)));
     const int wide = max(fit, 1) * p.group;
-    const int section = at / (wide * row_tiles), in = at - section * (wide * row_tiles);
+    const int section = tile / (wide * row_tiles), in = tile - section * (wide * row_tiles);
     const int heads = min(wide, p.kv_heads * p.group - section * wide);
-    w.head = section * wide + in % heads;
+    w.head = section * wide + in % heads, w.kv_head = w.head / p.group;
     w.row = (row_tiles - 1 - in / heads) * kM;
     w.rows = min(r.rows - w.row, kM);
   }
