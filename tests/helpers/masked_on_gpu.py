@@ -287,7 +287,7 @@ def largest(x, blocks, count):
 def assert_agrees(batch, out, lse, **options):
     """FlashAttention's rule, for each 64 rows of a request: at most twice a plain run's error.
 
-    And once more what rounding the largest result costs, since a block may hold few weights.
+    And a quarter of what rounding the largest result costs, since a block may hold few weights.
     """
     want, want_lse = attended(batch, **options)
     plain, _ = attended(batch, plain=True, **options)
@@ -301,7 +301,7 @@ def assert_agrees(batch, out, lse, **options):
 
     if end > first:
         error = at(out.double() - want)
-        allowed = 2 * at(plain - want) + ROUNDING[dtype] * at(want) + 2.0**-20
+        allowed = 2 * at(plain - want) + ROUNDING[dtype] / 4 * at(want) + 2.0**-20
         right = error <= allowed  # NaN is not
         by = error / allowed
         assert right.all(), (
