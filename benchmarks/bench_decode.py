@@ -222,6 +222,8 @@ def add_peers(
     """Add the peers of one page size whose result is fastkv's; a result that is not is told."""
     for name, make in peers.decode_peers(pool, batch, q):
         label = f"{name} P{batch.page}"
+        if found.skips(where, name):
+            continue
         peer = found.attempt(f"{where} {label}", make)
         got = peer and found.attempt(f"{where} {label}", peer.calls[0])
         if got is None:

@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "performance.svg"
-BENCHMARKS = ("decode", "write", "gather", "host", "startup")
+BENCHMARKS = ("decode", "prefill", "prefix", "write", "gather", "host", "startup")
 BLOCKS = ("runs", "picture", *BENCHMARKS)
 NOTHING = "No run is recorded yet."
+NO_PAGE = "–"
 # Stands beside every ratio to XQA over an fp8 cache; the page's text says what it means.
 MARK = "†"
 
@@ -93,13 +94,15 @@ def table(document: Document) -> str:
         cells.setdefault(place(row), {})[row["format"]] = cell(row)
     # The pages of one shape stand together, shapes in the order of the run.
     shapes = list(dict.fromkeys(shape for shape, _ in cells))
-    lines = [f"| Shape | Page | {' | '.join(f'`{name}`' for name in formats)} |"]
-    lines.append(rule(2 + len(formats)))
+    paged = any(page != NO_PAGE for _, page in cells)
+    head = ["Shape", *(["Page"] if paged else []), *(f"`{name}`" for name in formats)]
+    lines = [f"| {' | '.join(head)} |", rule(len(head))]
     for shape in shapes:
         for (of, page), found in cells.items():
             if of == shape:
-                values = " | ".join(found.get(name, "–") for name in formats)
-                lines.append(f"| {shape} | {page} | {values} |")
+                values = [found.get(name, "–") for name in formats]
+                line = [shape, *([page] if paged else []), *values]
+                lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines) + failures(document)
 
 
@@ -141,7 +144,8 @@ def startup(document: Document) -> str:
 def place(row: Row) -> tuple[str, str]:
     """A row's shape without its page size, with the op where one table holds several; the page."""
     match = re.fullmatch(r"(.*) P(\d+)(.*)", row["shape"])
-    assert match is not None, f"a row's shape holds its page size: {row['shape']}"
+    if match is None:  # prefill: K and V are contiguous
+        return row["shape"], NO_PAGE
     shape = f"{match[1]}{match[3]}".replace("x", " × ", 1)
     if not row["bytes"]:  # the host's cost: the shape is the same for all ops
         shape = f"`{row['op']}`"
@@ -183,7 +187,7 @@ def problems(page: str, documents: Mapping[str, Document], digests: Mapping[str,
 
 # --- the picture ---------------------------------------------------------------------------------
 
-OPS = {"decode": "attention", "write": "write", "gather": "gather"}
+OPS = {"decode": "attention", "prefill": "prefill", "write": "write", "gather": "gather"}
 CEILING = {"decode": "read_TBps", "write": "copy_TBps", "gather": "copy_TBps"}
 
 
@@ -228,7 +232,7 @@ def of(name: str, document: Document) -> Iterable[tuple[str, str, float | None, 
 
     The share of rows that compute more than they read would say nothing: they have none.
     """
-    ceiling = document["ceilings"].get(CEILING[name])
+    ceiling = document["ceilings"].get(CEILING.get(name, ""))
     for row in only_small_pages(document["rows"]):
         shape, _ = place(row)
         share = None if ceiling is None or row.get("TFLOPs", 0) > 200 else row["TBps"] / ceiling
@@ -240,9 +244,14 @@ def only_small_pages(rows: Sequence[Row]) -> list[Row]:
     best: dict[tuple[str, str], Row] = {}
     for row in rows:
         key = (place(row)[0], row["format"])
-        if key not in best or int(place(row)[1]) < int(place(best[key])[1]):
+        if key not in best or _page(row) < _page(best[key]):
             best[key] = row
     return list(best.values())
+
+
+def _page(row: Row) -> int:
+    page = place(row)[1]
+    return 0 if page == NO_PAGE else int(page)
 
 
 def main() -> None:

@@ -65,6 +65,14 @@ class Report:
         """Whether to time peers in this run."""
         return not self.arguments.no_peers and self.arguments.peer_figures is None
 
+    def skips(self, where: str, peer: str) -> bool:
+        """Whether `--skip-peers` leaves a peer out, which is told among the errors."""
+        pattern = self.arguments.skip_peers
+        if pattern is None or not re.search(pattern, peer):
+            return False
+        self.errors.append(f"{where} {peer}: left out of this run by --skip-peers")
+        return True
+
     def wants(self, shape: str) -> bool:
         """Whether `--rows` lets a row of this shape through."""
         return self.arguments.rows is None or bool(re.search(self.arguments.rows, shape))
@@ -175,6 +183,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     found.add_argument("--quick", action="store_true", help="the main rows, at page 16 alone")
     found.add_argument("--no-peers", action="store_true", help="fastkv alone")
+    found.add_argument(
+        "--skip-peers", help="regular expression on the names of peers that are not to be timed"
+    )
     found.add_argument(
         "--peer-figures", type=Path, help="take the peers' times from an earlier result"
     )

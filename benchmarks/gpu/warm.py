@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gpu import peers
+from gpu import peers, prefill_peers
 from gpu.data import FORMATS, Batch, Pool
 
 # Longest first. Processes times jobs of each: as many compilers as 16 cores and their memory bear.
@@ -34,6 +34,28 @@ def modules(pages: tuple[int, ...], *, drafts: bool = True) -> dict[str, Callabl
             found[f"xqa/{fmt}/{page}/tp8"] = lambda f=fmt, p=page: _attend(f, p, 1, 8, 1, "xqa")
     found["append"] = _append
     return found
+
+
+def prefill_modules() -> dict[str, Callable[[], None]]:
+    """The modules of `bench_prefill.py`, longest first."""
+    found: dict[str, Callable[[], None]] = {}
+    for dim in (256, 128, 64):
+        found[f"prefill/fa3/{dim}"] = lambda d=dim: _prefill(d, "fa3", ragged=False)
+    found["prefill/fa2/128"] = lambda: _prefill(128, "fa2", ragged=False)
+    for backend in ("fa3", "fa2"):
+        found[f"prefill/ragged/{backend}"] = lambda b=backend: _prefill(128, b, ragged=True)
+    return found
+
+
+def _prefill(dim: int, backend: str, *, ragged: bool) -> None:
+    device = torch.device("cuda")
+    q, k, v = (torch.randn(256, h, dim, device=device, dtype=torch.bfloat16) for h in (32, 8, 8))
+    if ragged:
+        prefill_peers.flashinfer_ragged([(q, k, v)], (100, 156), True, backend)[0]()
+    else:
+        for causal in (True, False):
+            prefill_peers.flashinfer_single([(q, k, v)], causal, backend)[0]()
+    torch.cuda.synchronize()
 
 
 def _attend(fmt: str, page: int, heads: int, query_heads: int, queries: int, kind: str) -> None:

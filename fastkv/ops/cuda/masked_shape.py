@@ -27,7 +27,7 @@ class Shape:
         warpgroups: 1 where warpgroups multiply out of shared memory, 0 where warps do out of
             registers.
         keys: of a tile of K or V.
-        threads: of a block: a warpgroup that loads and two that multiply, or four warps.
+        threads: of a block: a warpgroup that loads and two that multiply, or four or eight warps.
         shared: bytes of dynamic shared memory of a block.
     """
 
@@ -46,8 +46,8 @@ class Shape:
             keys = 64 if wide else 128
             tiles = _RING * keys * columns * _ITEM
             return cls(1, keys, 384, _ALIGNMENT + query + tiles + _BARRIERS)
-        keys = 32 if wide else 64
-        return cls(0, keys, 128, query + _PAIR * keys * columns * _ITEM)
+        keys, threads = (32, 256) if wide else (64, 128)
+        return cls(0, keys, threads, query + _PAIR * keys * columns * _ITEM)
 
 
 def most_tiles(tokens: int, requests: int, query_heads: int) -> int:

@@ -488,3 +488,67 @@ def test_every_module_to_warm_has_a_name_of_one_word(module):
     names = list(module("gpu.warm").modules((16, 64)))
     assert len(names) == len(set(names)) == 1 + 2 * (1 + 2 * 4) + 1
     assert not any(set(" \t") & set(name) for name in names)
+
+
+def test_prefill_rows_of_every_mask_hold_what_the_page_reads(module, clock, tmp_path):
+    bench = module("bench_prefill")
+    masks = ("causal", "full", "causal as intervals", "window 1024 as intervals")
+    cases = [bench.Case((96,), mask, (4, 2), 64) for mask in masks]
+    cases.append(bench.Case((5, 1, 90), "causal", (4, 2), 64))
+    path = tmp_path / "result.json"
+    bench.main(["--json", str(path), "--no-peers"], clock, "cpu", cases)
+    found = json.loads(path.read_text("utf-8"))
+    assert found["errors"] == []
+    assert [row["shape"] for row in found["rows"]] == [case.shape for case in cases]
+    assert all(row.keys() >= KEYS | {"TFLOPs"} for row in found["rows"])
+    assert set(found["digests"]) >= {"masked_attention"}
+
+
+@pytest.mark.parametrize("mask", ["causal", "causal as intervals", "window 1024 as intervals"])
+def test_prefill_counts_the_pairs_that_are_seen(module, mask):
+    bench = module("bench_prefill")
+    case = bench.Case((1500,), mask, (3, 1), 64)
+    width = 1024 if mask.startswith("window") else 1500
+    pairs = sum(min(row + 1, width) for row in range(1500))
+    assert case.flops == 4 * pairs * 3 * 64
+
+
+def test_documents_cover_the_prompt_and_rows_see_their_own(module):
+    bench = module("bench_prefill")
+    start = bench.Case((2000,), "16 documents as intervals", (2, 1), 64).start()
+    assert len(set(start.tolist())) == 16
+    assert bool((start <= torch.arange(2000)).all())
+    assert bool((start[1:] >= start[:-1]).all())
+
+
+def test_a_peer_that_is_left_out_is_named(module):
+    report = module("gpu.report")
+    arguments = report.parser("x").parse_args(["--skip-peers", "FA3"])
+    found = report.Report("x", arguments, None, torch.device("cpu"), ())
+    assert found.skips("here", "FlashInfer FA3")
+    assert not found.skips("here", "FlashInfer FA2")
+    assert ["FA3" in error for error in found.errors] == [True]
+
+
+def test_both_ways_behind_a_prefix_agree_in_every_format(module, clock, tmp_path):
+    bench = module("bench_prefix")
+    case = bench.Case(2, 20, 96, (4, 2), 64)
+    path = tmp_path / "result.json"
+    bench.main(["--json", str(path), "--no-peers", "--quick"], clock, "cpu", [case])
+    found = json.loads(path.read_text("utf-8"))
+    assert found["errors"] == []
+    assert sorted((row["format"], row["shape"]) for row in found["rows"]) == sorted(
+        (label, case.shape(way, 16)) for label in LABELS for way in bench.WAYS
+    )
+
+
+def test_ways_that_disagree_are_told(module, clock, tmp_path, monkeypatch):
+    bench = module("bench_prefix")
+    whole = bench.ops.masked_attention
+    monkeypatch.setattr(
+        bench.ops, "masked_attention", lambda *a, **k: whole(*a, **{**k, "causal": False})
+    )
+    path = tmp_path / "result.json"
+    case = bench.Case(2, 90, 96, (4, 2), 64)
+    bench.main(["--json", str(path), "--formats", "none"], clock, "cpu", [case])
+    assert any("append: ValueError: differs" in x for x in json.loads(path.read_text())["errors"])

@@ -10,6 +10,7 @@
 // A row's result depends on its request alone, bit for bit: keys fall into chunks at multiples of
 // C(L), tiles into warps by position, and states fold in one order (schedule.cuh, fold.cuh).
 #include "common/grid.cuh"
+#include "common/nobody.cuh"
 #include "paged/tile.cuh"
 
 // Rows first .. first + rows - 1 of a chunk: this warp's state to shared memory.
@@ -86,9 +87,9 @@ __device__ __forceinline__ void finish_chunk(const WarpState& w, Shared& sh, flo
   turn = 1 - turn;
 }
 
-// Chunks [begin, end) of the item: this block's share of it. `see` is the item's.
-__device__ __forceinline__ void attend(const Params& p, Shared& sh, const Bounds& see, int begin,
-                                       int end) {
+// Chunks [begin, end) of the item: this block's share of it.
+__device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, int end) {
+  const Bounds see = find_bounds(p, sh);
   const int chunk_tokens = sh.request.chunk, first = sh.request.chunk_first;
   const int low = max(see.low, (first + begin) * chunk_tokens);
   const int high = max(min(see.high, (first + end) * chunk_tokens), low);
@@ -109,13 +110,6 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, const Bounds
 
   int tile = 0, turn = 0;
   WarpState w;
-  Scores scores;
-  if constexpr (kAhead) {
-    wait_copies<kStages - 2>();
-    __syncwarp();
-    clear(scores);
-    multiply_keys(scores, query, stream.stage(0));
-  }
   for (int chunk = begin; chunk < end; ++chunk) {
     w.clear();
     if (chunk + 1 == end) prefetch_next_item(p, sh);
@@ -123,7 +117,7 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, const Bounds
     for (; tile < stream.tiles && stream.token(tile) < stop; ++tile) {
       stream.wait();
       stream.issue();
-      attend_tile(w, scores, p, sh, query, stream, see, tile);
+      attend_tile(w, p, sh, query, stream, see, tile);
     }
     const int group = chunk / kGroup, group_begin = max(group * kGroup, begin);
     const int group_end = min((group + 1) * kGroup, sh.item.chunks);
@@ -144,26 +138,6 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, const Bounds
   }
   wait_copies<0>();
   __syncthreads();  // the next item writes what this one read
-}
-
-// Rows of nobody: behind the last request 0 and -inf; before the first one they are left alone, but
-// what the op made itself is written everywhere.
-__device__ __forceinline__ void clear_rows(const Params& p, int begin, int end) {
-  begin = min(max(begin, 0), p.tokens);
-  end = min(max(end, begin), p.tokens);
-  const int before = p.fresh || p.lse != nullptr ? begin : 0, heads = p.kv_heads * p.group;
-  const i64 count = i64(before + p.tokens - end) * heads * kVectors;
-  for (i64 i = blockIdx.x * kThreads + threadIdx.x; i < count; i += i64(gridDim.x) * kThreads) {
-    const int vector = i % kVectors, head = i / kVectors % heads;
-    int token = int(i / kVectors / heads);
-    if (token >= before) token += end - before;
-    FASTKV_Q* out = p.out + token * p.out_token + head * p.out_head + 4 * vector;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (token >= begin || p.fresh) out[j] = from_float<FASTKV_Q>(0.f);
-    }
-    if (p.lse != nullptr && vector == 0) p.lse[i64(token) * heads + head] = MINUS_INFINITY;
-  }
 }
 
 // Brings the parameters, which lie in memory anew at each launch, to the cache of constants.
@@ -187,43 +161,38 @@ __device__ __forceinline__ void preload_pages(const Params& p, const Shared& sh)
 
 // Waits for the kernel in front, and finds the block's share. Meanwhile it rehearses: if the lengths
 // are still the same when the other has ended, the share is known already.
-// Returns what its first item sees.
-__device__ __forceinline__ Bounds start(const Params& p, Shared& sh) {
+__device__ __forceinline__ void start(const Params& p, Shared& sh) {
   const int b = threadIdx.x, requests = p.table.requests;
   const auto read = [&] { return b < requests ? Lengths(p, b) : Lengths(); };
   touch(p);
-  Bounds see;
-  bool rehearsal = requests <= kThreads && p.faults == nullptr && p.mask_offsets == nullptr;
 #pragma unroll 1
-  for (;; rehearsal = false) {
+  for (bool rehearsal = requests <= kThreads && p.faults == nullptr;; rehearsal = false) {
     if (!rehearsal) wait_for_previous_kernel();
     const Lengths lengths = read();
     find_share(p, sh, lengths);
-    if (sh.share.start < sh.share.end) see = find_bounds(p, sh);
     if (!rehearsal) break;
     wait_for_previous_kernel();
     preload_pages(p, sh);
     if (!__syncthreads_or(read() != lengths)) break;
   }
   let_next_kernel_start();
-  return see;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, FASTKV_BLOCKS)
     paged_attention(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 memory[];
   Shared& sh = *reinterpret_cast<Shared*>(memory);
-  Bounds see = start(p, sh);
+  start(p, sh);
   const int begin_rows = p.cu_seqlens_q[0], end_rows = p.cu_seqlens_q[p.table.requests];
   for (u32 at = sh.share.start; at < sh.share.end;) {  // sh.item is the first
     const int begin = int(at - sh.item.at);
     const int end = min(sh.item.chunks, begin + int(sh.share.end - at));
-    attend(p, sh, see, begin, end);
+    attend(p, sh, begin, end);
     at += end - begin;
     if (at >= sh.share.end) break;
     if (threadIdx.x == 0) sh.item = find_item(p, sh.share, sh.request, at);
     __syncthreads();
-    see = find_bounds(p, sh);
   }
-  clear_rows(p, begin_rows, end_rows);
+  clear_rows<kD>(threadIdx.x, kThreads, p.out, p.out_token, p.out_head, p.lse, p.tokens,
+                 p.kv_heads * p.group, p.fresh, begin_rows, end_rows);
 }

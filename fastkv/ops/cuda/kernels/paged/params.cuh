@@ -54,10 +54,6 @@ constexpr int kColumns = FASTKV_COLUMNS;    // 8 query rows each: n of the produ
 constexpr int kRows = 8 * kColumns;
 constexpr int kDimSteps = kD / 16;
 
-// With few query rows a warp multiplies the next tile's K beside this one's V: a chain of products that
-// wait for each other beside many that do not. That tile has to be there one tile earlier.
-constexpr bool kAhead = kColumns == 1 && kStages >= 3;
-
 constexpr bool kPagedScales = Codec::kScales == Scales::kPaged;
 constexpr bool kStaticScales = Codec::kScales == Scales::kStatic;
 constexpr bool kZeroPoints = Codec::kZeroPoint;

@@ -22,7 +22,7 @@ __device__ __forceinline__ int2 keys_of(const Params& p, const Request& r, int t
 }
 
 // Called by a whole warp; every warp gets the same.
-__device__ __noinline__ Bounds find_bounds(const Params& p, Shared& sh) {
+__device__ __forceinline__ Bounds find_bounds(const Params& p, Shared& sh) {
   const Request& r = sh.request;
   const Item& item = sh.item;
   Bounds all = {0x7fffffff, 0, 0, 0x7fffffff};

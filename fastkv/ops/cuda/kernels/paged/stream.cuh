@@ -137,10 +137,9 @@ struct Stream {
     }
   }
 
-  // The next tile, or with kAhead the one behind it, has arrived for all lanes, and the stage of the
-  // one before is free.
+  // The next tile has arrived for all lanes, and the stage of the one before it is free.
   __device__ __forceinline__ void wait() const {
-    wait_copies<kStages - 2 - kAhead>();
+    wait_copies<kStages - 2>();
     __syncwarp();
   }
   __device__ __forceinline__ u32 stage(int tile) const {

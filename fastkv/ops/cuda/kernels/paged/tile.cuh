@@ -84,17 +84,6 @@ struct Query {
 
 using Scores = float[F::kBlocks][kColumns][4];
 
-__device__ __forceinline__ void copy(Scores& to, const Scores& from) {
-#pragma unroll
-  for (int i = 0; i < F::kBlocks * kColumns * 4; ++i) {
-    to[i / (4 * kColumns)][i / 4 % kColumns][i % 4] = from[i / (4 * kColumns)][i / 4 % kColumns][i % 4];
-  }
-}
-__device__ __forceinline__ void clear(Scores& scores) {
-  const Scores zeros = {};
-  copy(scores, zeros);
-}
-
 // A product waits for the one before it that adds to the same sum: where a tile is one block of keys,
 // there are two sums.
 constexpr bool kTwoChains = F::kBlocks == 1;
@@ -433,10 +422,9 @@ __device__ __forceinline__ void soften(WarpState& w, Scores& s, const Units& uni
   }
 }
 
-// One tile; with kAhead `scores` are its products with K, and become the next tile's.
-__device__ __forceinline__ void attend_tile(WarpState& w, Scores& scores, const Params& p,
-                                            const Shared& sh, const Query& query,
-                                            const Stream& stream, const Bounds& see, int tile) {
+__device__ __forceinline__ void attend_tile(WarpState& w, const Params& p, const Shared& sh,
+                                            const Query& query, const Stream& stream,
+                                            const Bounds& see, int tile) {
   float k_scale = 0.f, v_scale = 0.f;
   if constexpr (kPagedScales) stream.load_scales(tile, k_scale, v_scale);
   TileMask mask;
@@ -448,23 +436,15 @@ __device__ __forceinline__ void attend_tile(WarpState& w, Scores& scores, const 
     mask.clean = mask.clean && mask.there[i];
   }
   const u32 k_tile = stream.stage(tile), v_tile = k_tile + kTileBytes;
-  if constexpr (!kAhead) {
-    clear(scores);
-    multiply_keys(scores, query, k_tile);
-  }
+  Scores scores = {};
+  multiply_keys(scores, query, k_tile);
   Units units(query);
   finish_scores(scores, units, p, sh, mask, k_scale);
-  const auto multiply_next = [&] {  // behind the last tile: whatever is there
-    clear(scores);
-    multiply_keys(scores, query, stream.stage(tile + 1));
-  };
   Weights weights;
   soften(w, scores, units, weights, v_scale, mask.clean);
   if (F::kMayBeNotFinite && !mask.clean && any_not_finite(v_tile)) {
     add_values_by_row(w, weights, v_tile, sh, mask.token);
-    if constexpr (kAhead) multiply_next();
   } else {
-    if constexpr (kAhead) multiply_next();  // in turns with the products of V
     add_values(w, weights, v_tile);
   }
 }
