@@ -154,7 +154,7 @@ def test_the_kernel_is_that_of_the_device(launch, sm, dim):
         ("sm_80", 64, 64, 128, 32_768),
         ("sm_120", 96, 64, 128, 65_536),
         ("sm_100", 128, 64, 128, 65_536),
-        ("sm_89", 256, 32, 128, 98_304),
+        ("sm_89", 256, 32, 256, 98_304),
     ],
 )
 def test_shapes(arch, dim, keys, threads, shared):
