@@ -111,7 +111,8 @@ def _shared_struct(quant: "QuantSpec", dim: int, columns: int, warps: int) -> in
     """At least `kSharedBytes` of kernels/paged/shared.cuh without scales, which asserts it."""
     rows = 8 * columns
     query = dim // 16 * columns * 32 * 8
-    fold = 4 * rows * dim + (2 + warps) * rows * 12 + 5 * rows * 4
+    nodes = (5 if quant.needs_paged_scales else 3) * GROUP + 2
+    fold = 4 * rows * max(dim, nodes) + (2 + warps) * rows * 12 + 5 * rows * 4
     fixed = query + fold + (16 * dim if quant.needs_static else 16)
     fixed += 8 * warps * STAGES + 12 * warps + 8 * GROUP + 224
     alignment = max(128, row_bytes(quant, dim))

@@ -10,7 +10,6 @@
 // A row's result depends on its request alone, bit for bit: keys fall into chunks at multiples of
 // C(L), tiles into warps by position, and states fold in one order (schedule.cuh, fold.cuh).
 #include "common/grid.cuh"
-#include "common/nobody.cuh"
 #include "paged/tile.cuh"
 
 // Rows first .. first + rows - 1 of a chunk: this warp's state to shared memory.
@@ -140,50 +139,34 @@ __device__ __forceinline__ void attend(const Params& p, Shared& sh, int begin, i
   __syncthreads();  // the next item writes what this one read
 }
 
-// Brings the parameters, which lie in memory anew at each launch, to the cache of constants.
-__device__ __forceinline__ void touch(const Params& p) {
-  asm volatile("" ::"l"(p.q), "l"(p.dequant.k), "l"(p.sinks), "l"(p.k_strides.page));
-  asm volatile("" ::"l"(p.v_strides.page), "l"(p.table.row), "l"(p.q_token), "f"(p.scale));
-}
-
-// Starts to load the page ids of the block's first chunk.
-__device__ __forceinline__ void preload_pages(const Params& p, const Shared& sh) {
-  if (sh.share.start >= sh.share.end) return;
-  const Request& r = sh.request;
-  const int chunk = r.chunk_first + int(sh.share.start - sh.item.at);
-  const int at = chunk * r.chunk + int(threadIdx.x % 32) * 16;
-  if (at >= r.length) return;
-  const i64 column = at >> p.table.page_shift;
-  const i32* id = p.block_table + r.index * p.table.row + column * p.table.column;
-  [[maybe_unused]] i32 unused;
-  asm volatile("ld.global.ca.s32 %0, [%1];" : "=r"(unused) : "l"(id));
-}
-
-// Waits for the kernel in front, and finds the block's share. Meanwhile it rehearses: if the lengths
-// are still the same when the other has ended, the share is known already.
-__device__ __forceinline__ void start(const Params& p, Shared& sh) {
-  const int b = threadIdx.x, requests = p.table.requests;
-  const auto read = [&] { return b < requests ? Lengths(p, b) : Lengths(); };
-  touch(p);
-#pragma unroll 1
-  for (bool rehearsal = requests <= kThreads && p.faults == nullptr;; rehearsal = false) {
-    if (!rehearsal) wait_for_previous_kernel();
-    const Lengths lengths = read();
-    find_share(p, sh, lengths);
-    if (!rehearsal) break;
-    wait_for_previous_kernel();
-    preload_pages(p, sh);
-    if (!__syncthreads_or(read() != lengths)) break;
+// Rows of nobody: behind the last request 0 and -inf; before the first one they are left alone, but
+// what the op made itself is written everywhere.
+__device__ __forceinline__ void clear_rows(const Params& p, int begin, int end) {
+  begin = min(max(begin, 0), p.tokens);
+  end = min(max(end, begin), p.tokens);
+  const int before = p.fresh || p.lse != nullptr ? begin : 0, heads = p.kv_heads * p.group;
+  const i64 count = i64(before + p.tokens - end) * heads * kVectors;
+  for (i64 i = blockIdx.x * kThreads + threadIdx.x; i < count; i += i64(gridDim.x) * kThreads) {
+    const int vector = i % kVectors, head = i / kVectors % heads;
+    int token = int(i / kVectors / heads);
+    if (token >= before) token += end - before;
+    FASTKV_Q* out = p.out + token * p.out_token + head * p.out_head + 4 * vector;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (token >= begin || p.fresh) out[j] = from_float<FASTKV_Q>(0.f);
+    }
+    if (p.lse != nullptr && vector == 0) p.lse[i64(token) * heads + head] = MINUS_INFINITY;
   }
-  let_next_kernel_start();
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, FASTKV_BLOCKS)
     paged_attention(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 memory[];
   Shared& sh = *reinterpret_cast<Shared*>(memory);
-  start(p, sh);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const int begin_rows = p.cu_seqlens_q[0], end_rows = p.cu_seqlens_q[p.table.requests];
+  find_share(p, sh);
   for (u32 at = sh.share.start; at < sh.share.end;) {  // sh.item is the first
     const int begin = int(at - sh.item.at);
     const int end = min(sh.item.chunks, begin + int(sh.share.end - at));
@@ -193,6 +176,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, FASTKV_BLOCKS)
     if (threadIdx.x == 0) sh.item = find_item(p, sh.share, sh.request, at);
     __syncthreads();
   }
-  clear_rows<kD>(threadIdx.x, kThreads, p.out, p.out_token, p.out_head, p.lse, p.tokens,
-                 p.kv_heads * p.group, p.fresh, begin_rows, end_rows);
+  clear_rows(p, begin_rows, end_rows);
 }

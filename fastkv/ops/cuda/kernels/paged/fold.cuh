@@ -128,34 +128,39 @@ __device__ __forceinline__ void put(const Params& p, const Shared& sh, float* to
   if (vector == 0) store_row(to, row, state);
 }
 
-// What scales a fold of nodes and each of them: lane k, and k + 16, has node k's.
-struct NodeScales {
-  float l, old_l, new_l, old_sum, new_sum;
-  float m, top;  // of all nodes
-
-  // `x` is the lane's node, the empty state behind the last one.
-  __device__ __forceinline__ explicit NodeScales(const RowState& x) : l(x.l) {
-    scan(x.m, m, old_l, new_l);
-    top = 0.f, old_sum = old_l, new_sum = new_l;
-    if constexpr (kPagedScales) scan(x.top, top, old_sum, new_sum);
-  }
-
-  // The maxima are a scan, so that no exponential waits for another.
-  static __device__ __forceinline__ void scan(float mine, float& all, float& before, float& next) {
-    static_assert(kGroup == 16, "half a warp holds a row's nodes");
-    const int node = threadIdx.x % kGroup;
-    float m = mine;
+// Of each node and row: l, and the factors of the left fold up to it. 16 lanes hold a row's nodes,
+// so that the maxima are a scan, and no exponential waits for another.
+__device__ __forceinline__ void scale_nodes(Shared& sh, int count) {
+  static_assert(kGroup == 16, "half a warp holds a row's nodes");
+  NodeTable& table = sh.nodes;
+  for (int i = threadIdx.x; i < kGroup * kRows; i += kThreads) {
+    const int node = i % kGroup, row = i / kGroup;
+    const bool there = node < count && row < sh.item.rows;
+    const RowState x = there ? load_row(sh.node[node], row) : empty_row();
+    float m = x.m, top = x.top;
 #pragma unroll
     for (int k = 1; k < kGroup; k *= 2) {
       const float left = __shfl_up_sync(~0u, m, k, kGroup);
       if (node >= k) m = fmaxf(m, left);
     }
     const float m_before = __shfl_up_sync(~0u, m, 1, kGroup);
-    before = node == 0 ? 0.f : weight(m_before, m);
-    next = weight(mine, m);
-    all = __shfl_sync(~0u, m, kGroup - 1, kGroup);
+    table.l[node][row] = x.l;
+    table.old_l[node][row] = node == 0 ? 0.f : weight(m_before, m);
+    table.new_l[node][row] = weight(x.m, m);
+    if constexpr (kPagedScales) {
+#pragma unroll
+      for (int k = 1; k < kGroup; k *= 2) {
+        const float left = __shfl_up_sync(~0u, top, k, kGroup);
+        if (node >= k) top = fmaxf(top, left);
+      }
+      const float top_before = __shfl_up_sync(~0u, top, 1, kGroup);
+      table.old_sum[node][row] = node == 0 ? 0.f : weight(top_before, top);
+      table.new_sum[node][row] = weight(x.top, top);
+    }
+    if (node == kGroup - 1) sh.row[0][row].m = m, sh.row[0][row].top = top;
   }
-};
+  __syncthreads();
+}
 
 // Where a warp's copies of nodes go: its free stage, and its other stages where `rooms` says so.
 struct FoldRoom {
@@ -194,61 +199,50 @@ struct NodeCopies {
   }
 };
 
-// Fold the states at sh.node[0 .. count), in order, and put the result. A warp takes every kWarps-th
-// row, a lane every 32nd vector of it; a round is kSlots nodes of one vector.
+// Fold the states at sh.node[0 .. count), in order, and put the result. A round is kSlots nodes of
+// one vector of a thread.
 __device__ __noinline__ void fold_nodes(const Params& p, Shared& sh, int count, float* to,
                                         const FoldRoom room) {
-  constexpr int kSlots = NodeCopies::kSlots, kEach = (kVectors + 31) / 32;  // vectors of a lane
+  constexpr int kSlots = NodeCopies::kSlots;
+  const int vectors = sh.item.rows * kVectors;
   const int each = kSlots == kGroup ? 1 : ceil_div(count, kSlots);  // rounds of a vector
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rows = sh.item.rows;
   const NodeCopies copies(room);
   const auto start = [&](int round) {
-    const int i = round / each, row = warp + i / kEach * kWarps, vector = lane + i % kEach * 32;
-    if (row >= rows || vector >= kVectors) return;
-    copies.start(sh, round, round % each * kSlots, count, row * kD + vector * 4);
+    const int i = threadIdx.x + round / each * kThreads;
+    const int at = i / kVectors * kD + i % kVectors * 4;
+    if (i < vectors) copies.start(sh, round, round % each * kSlots, count, at);
   };
-  const auto load = [&](int row) {
-    const int node = lane % kGroup;
-    return node < count && row < rows ? load_row(sh.node[node], row) : empty_row();
-  };
-  RowState mine = load(warp);
   const int ahead = room.rooms == 1 ? 1 : kStages;
 #pragma unroll 1
   for (int round = 0; round < ahead; ++round) start(round);
   commit_copies();
-  int round = 0;
-#pragma unroll 1
-  for (int row = warp; row < rows; row += kWarps) {
-    const RowState next_row = load(row + kWarps);
-    const NodeScales scales(mine);
-    if (row == warp) wait_copies<0>();
-#pragma unroll 1
-    for (int i = 0; i < kEach; ++i) {
-      RowState state = {scales.m, 0.f, scales.top};
-      float4 sum = {0.f, 0.f, 0.f, 0.f};
-      for (int base = 0; base < count; base += kSlots, ++round) {
-        if (round >= ahead) {
-          start(round);
-          commit_copies();
-          wait_copies<0>();
-        }
+  scale_nodes(sh, count);
+  const NodeTable& table = sh.nodes;
+  wait_copies<0>();
+  for (int i = threadIdx.x, round = 0; i < vectors; i += kThreads) {
+    const int row = i / kVectors;
+    RowState state = sh.row[0][row];
+    state.l = 0.f;
+    float4 sum = {0.f, 0.f, 0.f, 0.f};
+    for (int base = 0; base < count; base += kSlots, ++round) {
+      if (round >= ahead) {
+        start(round);
+        commit_copies();
+        wait_copies<0>();
+      }
 #pragma unroll 4
-        for (int k = base; k < min(count, base + kSlots); ++k) {
-          const float before = __shfl_sync(~0u, scales.old_l, k);
-          const float next = __shfl_sync(~0u, scales.new_l, k);
-          state.l = fold_l(state.l, before, __shfl_sync(~0u, scales.l, k), next);
-          const float4 x = copies.get(round, k - base);
-          if constexpr (kPagedScales) {
-            sum = fold_sums(sum, __shfl_sync(~0u, scales.old_sum, k), x,
-                            __shfl_sync(~0u, scales.new_sum, k));
-          } else {
-            sum = fold_sums(sum, before, x, next);
-          }
+      for (int k = base; k < min(count, base + kSlots); ++k) {
+        const float before = table.old_l[k][row], next = table.new_l[k][row];
+        state.l = fold_l(state.l, before, table.l[k][row], next);
+        const float4 x = copies.get(round, k - base);
+        if constexpr (kPagedScales) {
+          sum = fold_sums(sum, table.old_sum[k][row], x, table.new_sum[k][row]);
+        } else {
+          sum = fold_sums(sum, before, x, next);
         }
       }
-      if (lane + 32 * i < kVectors) put(p, sh, to, row, lane + 32 * i, sum, state);
     }
-    mine = next_row;
+    put(p, sh, to, row, i % kVectors, sum, state);
   }
   __syncthreads();
 }

@@ -160,22 +160,25 @@ __device__ __forceinline__ void load_query(const Params& p, Shared& sh, int c) {
   }
   float factor = p.soft_cap != 0.f ? p.scale / p.soft_cap : p.scale * kLog2e;
   if constexpr (kStaticScales && !kPerChannel) factor *= sh.key_scale[0];
-  float up = factor < 0.f ? -1.f : 1.f;  // products are maximized before the factor, which is positive
-  factor = fabsf(factor);
   if constexpr (Math::kExponent == 0x7c00u) {
     most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
     most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
     // The largest becomes 2^7 ... 2^8. Exponents of the least normal number are the least there is.
     const int exponent = min(max(int(__float_as_uint(most) >> 23), 8), 254 - 8);
-    up *= __uint_as_float(u32(254 + 7 - exponent) << 23);
+    const float up = __uint_as_float(u32(254 + 7 - exponent) << 23);
     factor *= __uint_as_float(u32(exponent - 7) << 23);
+#pragma unroll
+    for (int step = 0; step < kDimSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[step][i] *= up;
+    }
   }
   // In this order, and unfused, in every specialization: a row's bits depend on it alone.
   float zero = 0.f;
 #pragma unroll
   for (int step = 0; step < kDimSteps; ++step) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[step][i] *= up * F::q_unit(i);
+    for (int i = 0; i < 4; ++i) x[step][i] *= F::q_unit(i);
     const uint2 b = make_uint2(pack2<Math>(x[step][0], x[step][1]),
                                pack2<Math>(x[step][2], x[step][3]));
     sh.q[step][c][lane] = b;
@@ -193,9 +196,7 @@ __device__ __forceinline__ void load_query(const Params& p, Shared& sh, int c) {
   zero += __shfl_xor_sync(~0u, zero, 1);
   zero += __shfl_xor_sync(~0u, zero, 2);
   if (t == 0) {
-    float unit = factor * F::kUnit;  // an infinity times 0, or 0 times a hidden key's, is NaN
-    if (unit < 1.2e-38f) unit = 1.2e-38f;
-    if (unit > 3e38f) unit = 3e38f;
+    const float unit = fminf(fmaxf(factor * F::kUnit, -3e38f), 3e38f);  // an infinity times 0 is NaN
     sh.factor[row] = unit, sh.shift[row] = __fmul_rn(-factor, zero);
   }
 }

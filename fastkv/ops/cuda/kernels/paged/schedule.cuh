@@ -36,44 +36,28 @@ __device__ __forceinline__ int in_chunks(int x, int chunk) {
   return chunk == kLeastChunk ? x / kLeastChunk : x / chunk;
 }
 
-// The end of a chunk costs what its rows do: with more than two columns of them it comes half as often.
-__device__ __forceinline__ int chunk_tokens(int length, int heads, int rows) {
-  const int times = rows > 16 ? 2 : 1;
-  const int even = ceil_div(int((i64(length) * heads * times + kSplit - 1) / kSplit), 128) * 128;
-  return max(kLeastChunk * times, even);
+__device__ __forceinline__ int chunk_tokens(int length, int heads) {
+  const int even = ceil_div(int((i64(length) * heads + kSplit - 1) / kSplit), 128) * 128;
+  return max(kLeastChunk, even);
 }
 
-// What the tensors of lengths say of a request. Past L1: what a rehearsal read there, before the
-// kernel in front had ended, may be stale.
-struct Lengths {
-  int first, last, cached;
-
-  Lengths() : first(0), last(0), cached(0) {}
-  __device__ __forceinline__ Lengths(const Params& p, int b)
-      : first(__ldcg(p.cu_seqlens_q + b)), last(__ldcg(p.cu_seqlens_q + b + 1)),
-        cached(__ldcg(p.cache_seqlens + b)) {}
-  __device__ __forceinline__ bool operator!=(const Lengths& x) const {
-    return first != x.first || last != x.last || cached != x.cached;
-  }
-};
-
-__device__ __forceinline__ Request read_request(const Params& p, int b, const Lengths& x) {
+__device__ __forceinline__ Request read_request(const Params& p, int b) {
   Request r;
   r.index = b;
   const int limit = int(min(capacity(p.table), i64(1) << 30));
-  r.first = min(max(x.first, 0), p.tokens);
-  const int tokens = min(max(x.last, r.first), p.tokens) - r.first;
-  if (x.first < 0 || x.last < x.first || x.last > p.tokens) {
-    report_fault(p.faults, kFaultQuerySum, b);
-  }
-  r.cached = min(max(x.cached, 0), limit);
+  const int first = p.cu_seqlens_q[b], last = p.cu_seqlens_q[b + 1];
+  r.first = min(max(first, 0), p.tokens);
+  const int tokens = min(max(last, r.first), p.tokens) - r.first;
+  if (first < 0 || last < first || last > p.tokens) report_fault(p.faults, kFaultQuerySum, b);
+  const int cached = p.cache_seqlens[b];
+  r.cached = min(max(cached, 0), limit);
   r.length = min(r.cached + tokens, limit);
   r.rows = tokens * p.group;
-  r.chunk = chunk_tokens(r.length, p.kv_heads, r.rows);
+  r.chunk = chunk_tokens(r.length, p.kv_heads);
   r.chunk_first = in_chunks(max(r.cached - p.window + 1, 0), r.chunk);
   r.chunks = max(1, in_chunks(r.length + r.chunk - 1, r.chunk) - r.chunk_first);
   r.work = u32(ceil_div(r.rows, kRows)) * p.kv_heads * r.chunks;
-  if (x.cached < 0 || i64(x.cached) + tokens > limit) report_fault(p.faults, kFaultLength, b);
+  if (cached < 0 || i64(cached) + tokens > limit) report_fault(p.faults, kFaultLength, b);
   return r;
 }
 
@@ -102,7 +86,7 @@ struct Share {
     // that leaves at most a sixteenth of the blocks without work.
 #pragma unroll 1
     for (u32 unit = kGroup; unit > 1; unit /= 2) {
-      const u32 even = (most + unit - 1) & ~(unit - 1);
+      const u32 even = (most + unit - 1) / unit * unit;
       if (total + even <= even * (blocks - blocks / 16)) continue;
       each = even, longer = 0;
       break;
@@ -124,7 +108,7 @@ struct Share {
 __device__ __forceinline__ void step_to(const Params& p, Share& s, Request& r, u32 at) {
   while (at >= s.request_at + r.work) {
     s.request_at += r.work;
-    r = read_request(p, r.index + 1, Lengths(p, r.index + 1));
+    r = read_request(p, r.index + 1);
   }
 }
 

@@ -10,6 +10,14 @@ struct RowState {
   float m, l, top;
 };
 
+// States about to be folded: what scales the fold so far, and the state, of l and of O.
+struct NodeTable {
+  static constexpr int kSums = kPagedScales ? kGroup : 1;  // else O is scaled as l
+  float l[kGroup][kRows];
+  float old_l[kGroup][kRows], new_l[kGroup][kRows];
+  float old_sum[kSums][kRows], new_sum[kSums][kRows];
+};
+
 // A tile in shared memory: rows of 16-byte pieces, one token each. ldmatrix reads a piece of each of
 // 8 rows, which must lie in different banks: where the pieces of a row are a power of two, they are
 // permuted by an XOR with the row; else rows are an odd number of pieces apart.
@@ -49,10 +57,12 @@ struct Shared {
   // One chunk: a state of each warp, O of kPassRows rows at a time.
   RowState warp_row[kWarps][kRows];
   const float* warp_sum[kWarps];  // [kPassRows][kSumPitch] in the warp's free stage
-  // The running fold of a group; rows twice, read from one and written to the other.
+  // The running fold of a group; rows twice, read from one and written to the other. When states of
+  // several blocks are folded, it has been put where it belongs.
   // Before the first chunk ends, the item's rows of q, as they are.
   union {
     alignas(16) float sum[kRows][kD];
+    NodeTable nodes;
     FASTKV_Q query[kRows][kD];
   };
   RowState row[2][kRows];
@@ -73,13 +83,12 @@ struct Shared {
 
 // The block's share of the launch, from all requests' lengths: as many consecutive requests a thread
 // as it takes, one scan over the threads, and one of them finds the item that the share begins with.
-// `lengths` are of the thread's first request, if there is one.
-__device__ __forceinline__ void find_share(const Params& p, Shared& sh, const Lengths& lengths) {
+__device__ __forceinline__ void find_share(const Params& p, Shared& sh) {
   const int each = ceil_div(p.table.requests, kThreads), first = int(threadIdx.x) * each;
   Request r;
   u32 mine = 0;
   for (int i = first; i < min(first + each, p.table.requests); ++i) {
-    r = read_request(p, i, i == first ? lengths : Lengths(p, i));
+    r = read_request(p, i);
     mine += r.work;
   }
   u32 until = warp_scan(mine), total = 0;

@@ -84,13 +84,8 @@ struct Query {
 
 using Scores = float[F::kBlocks][kColumns][4];
 
-// A product waits for the one before it that adds to the same sum: where a tile is one block of keys,
-// there are two sums.
-constexpr bool kTwoChains = F::kBlocks == 1;
-
 __device__ __forceinline__ void multiply_keys(Scores& s, const Query& query, u32 k_tile) {
   const int lane = threadIdx.x % 32;
-  [[maybe_unused]] float odd[kTwoChains ? F::kBlocks : 1][kTwoChains ? kColumns : 1][4] = {};
   const u32 from = fragment_address(k_tile, F::k_row(lane), F::k_byte(lane));
 #pragma unroll
   for (int i = 0; i < F::kLoads; ++i) {
@@ -104,17 +99,9 @@ __device__ __forceinline__ void multiply_keys(Scores& s, const Query& query, u32
         const uint2 b = query.at(i * F::kSteps + step, c);
 #pragma unroll
         for (int block = 0; block < F::kBlocks; ++block) {
-          const bool second = kTwoChains && i % 2 == 1;
-          mma<Math>(second ? odd[block][c] : s[block][c], a[step][block], b.x, b.y);
+          mma<Math>(s[block][c], a[step][block], b.x, b.y);
         }
       }
-    }
-  }
-  if constexpr (kTwoChains) {
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[0][c][i] = __fadd_rn(s[0][c][i], odd[0][c][i]);
     }
   }
 }
@@ -245,57 +232,32 @@ __device__ __forceinline__ void hide_scores(Scores& s, const Shared& sh, const T
   }
 }
 
-// What turns a column's products, of the lane's rows, into scores in units of log 2: s * factor + shift.
-struct Units {
-  float factor[kColumns][2], shift[kColumns][2];
-
-  __device__ __forceinline__ explicit Units(const Query& query) {
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      factor[c][0] = query.factor[c].x, factor[c][1] = query.factor[c].y;
-      shift[c][0] = kShifts ? query.shift[c].x : 0.f, shift[c][1] = kShifts ? query.shift[c].y : 0.f;
-    }
-  }
-
-  // The units of log 2 themselves, of scores that have been brought to them.
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      factor[c][0] = factor[c][1] = 1.f, shift[c][0] = shift[c][1] = 0.f;
-    }
-  }
-};
-
-// Scores in `units`, hidden keys at -inf. `k_scale` is of the lane's token.
-__device__ __forceinline__ void finish_scores(Scores& s, Units& units, const Params& p,
-                                              const Shared& sh, const TileMask& mask,
+// Scores in units of log 2, hidden keys at -inf. `k_scale` is of the lane's token, as token_scale.
+__device__ __forceinline__ void finish_scores(Scores& s, const Params& p, const Shared& sh,
+                                              const Query& query, const TileMask& mask,
                                               float k_scale) {
-  if constexpr (kPagedScales) {
+  const int g = threadIdx.x % 32 / 4;
+  float per_key[2 * F::kBlocks];
+#pragma unroll
+  for (int j = 0; j < 2 * F::kBlocks; ++j) {
+    per_key[j] = kPagedScales ? __shfl_sync(~0u, k_scale, 8 * j + g) : 1.f;
+  }
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    const float2 factor = query.factor[c], shift = query.shift[c];
 #pragma unroll
     for (int j = 0; j < 2 * F::kBlocks; ++j) {
-      const float per_key = __shfl_sync(~0u, k_scale, 8 * j + threadIdx.x % 32 / 4);
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[j / 2][c][j % 2 * 2 + i];
-          x = __fmul_rn(x, per_key);
-        }
+      for (int i = 0; i < 2; ++i) {
+        float& x = s[j / 2][c][j % 2 * 2 + i];
+        const float scale = i == 0 ? factor.x : factor.y;
+        const float by = i == 0 ? shift.x : shift.y;
+        x = kShifts ? __fmaf_rn(x, scale, by) : __fmul_rn(x, scale);
+        if constexpr (kPagedScales) x = __fmul_rn(x, per_key[j]);
       }
     }
   }
-  if (p.soft_cap != 0.f) {
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-      for (int j = 0; j < 4 * F::kBlocks; ++j) {
-        float& x = s[j / 4][c][j % 4];
-        x = __fmaf_rn(x, units.factor[c][j & 1], units.shift[c][j & 1]);
-      }
-    }
-    cap_scores(s, p.soft_cap);
-    units.clear();
-  }
+  if (p.soft_cap != 0.f) cap_scores(s, p.soft_cap);
   if (!mask.clean) hide_scores(s, sh, mask);
 }
 
@@ -349,23 +311,9 @@ __device__ __forceinline__ void grow(WarpState& w, int c, const float (&m)[2], i
   w.scale_sums(c, shrink);
 }
 
-// Weights of column c times V's scales. Of a key that no row sees the scale may be NaN.
-__device__ __forceinline__ void scale_weights(Scores& s, int c, const ValueScales& scales, float unit,
-                                              bool clean) {
-#pragma unroll
-  for (int j = 0; j < 2 * F::kBlocks; ++j) {
-    const float scale = __fmul_rn(unit, scales.of[j]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float& x = s[j / 2][c][j % 2 * 2 + i];
-      x = clean || x != 0.f ? __fmul_rn(x, scale) : 0.f;
-    }
-  }
-}
-
 // From scores to weights, the state brought to the new maximum.
-__device__ __forceinline__ void soften(WarpState& w, Scores& s, const Units& units, Weights& b,
-                                       float v_scale, bool clean) {
+__device__ __forceinline__ void soften(WarpState& w, Scores& s, Weights& b, float v_scale,
+                                       bool clean) {
   float m[kColumns][2];
   int exponent[kColumns];
   bool grows = false;
@@ -374,8 +322,7 @@ __device__ __forceinline__ void soften(WarpState& w, Scores& s, const Units& uni
   for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float top = __fmaf_rn(over_keys(s, c, i), units.factor[c][i], units.shift[c][i]);
-      m[c][i] = fmaxf(w.m[c][i], top);
+      m[c][i] = fmaxf(w.m[c][i], over_keys(s, c, i));
       grows = grows || m[c][i] > w.m[c][i];
     }
     exponent[c] = 0;
@@ -391,21 +338,18 @@ __device__ __forceinline__ void soften(WarpState& w, Scores& s, const Units& uni
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float m = w.m[c][i] == MINUS_INFINITY ? 0.f : w.m[c][i];
-      const float by = __fadd_rn(units.shift[c][i], -m);
+    for (int j = 0; j < 2 * F::kBlocks; ++j) {
+      // Of a key that no row sees the scale may be NaN.
+      const float scale = kPagedScales ? __fmul_rn(w.unit(c), scales.of[j]) : 1.f;
 #pragma unroll
-      for (int j = 0; j < 2 * F::kBlocks; ++j) {
+      for (int i = 0; i < 2; ++i) {
         float& x = s[j / 2][c][j % 2 * 2 + i];
-        x = exp2_fast(__fmaf_rn(x, units.factor[c][i], by));
-        if constexpr (kPagedScales) w.l[c][i] = __fadd_rn(w.l[c][i], x);
-      }
-    }
-    if constexpr (kPagedScales) {
-      if (clean) {
-        scale_weights(s, c, scales, w.unit(c), true);
-      } else {
-        scale_weights(s, c, scales, w.unit(c), false);
+        const bool hidden = kPagedScales && !clean && x == MINUS_INFINITY;
+        x = exp2_fast(__fadd_rn(x, w.m[c][i] == MINUS_INFINITY ? 0.f : -w.m[c][i]));
+        if constexpr (kPagedScales) {
+          w.l[c][i] = __fadd_rn(w.l[c][i], x);
+          x = hidden ? 0.f : __fmul_rn(x, scale);
+        }
       }
     }
 #pragma unroll
@@ -438,10 +382,9 @@ __device__ __forceinline__ void attend_tile(WarpState& w, const Params& p, const
   const u32 k_tile = stream.stage(tile), v_tile = k_tile + kTileBytes;
   Scores scores = {};
   multiply_keys(scores, query, k_tile);
-  Units units(query);
-  finish_scores(scores, units, p, sh, mask, k_scale);
+  finish_scores(scores, p, sh, query, mask, k_scale);
   Weights weights;
-  soften(w, scores, units, weights, v_scale, mask.clean);
+  soften(w, scores, weights, v_scale, mask.clean);
   if (F::kMayBeNotFinite && !mask.clean && any_not_finite(v_tile)) {
     add_values_by_row(w, weights, v_tile, sh, mask.token);
   } else {
