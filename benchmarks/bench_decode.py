@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from fastkv import ops
-from gpu import ceilings, peers, report, warm
-from gpu.data import FORMATS, Batch, Format, Pool, relative_difference
+from gpu import peers, report, warm
+from gpu.data import FORMATS, Batch, Format, Pool
 from gpu.report import OWN, Report
 from gpu.timing import Timer, Timing, rotations
 
@@ -98,19 +98,12 @@ def main(
     if arguments.warm:
         prepare(found)
         return found
-    found.ceilings = ceilings.measure(found.timer, found.device) if device == "cuda" else {}
-    print(found.ceilings, flush=True)
-    for case in CASES if cases is None else cases:
-        run_case(found, case)
-        found.write()
-    found.write()
-    return found
+    return found.run(CASES if cases is None else cases, run_case)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = report.parser(__doc__)
-    parser.add_argument("--warm", action="store_true", help="only build the peers' modules")
-    parser.add_argument("--warm-one", help=argparse.SUPPRESS)
+    warm.add_arguments(parser)
     parser.add_argument("--save-modules", type=Path, help="with --warm: pack what was built")
     return parser.parse_args(argv)
 
@@ -221,20 +214,8 @@ def add_peers(
 ) -> None:
     """Add the peers of one page size whose result is fastkv's; a result that is not is told."""
     for name, make in peers.decode_peers(pool, batch, q):
-        label = f"{name} P{batch.page}"
-        if found.skips(where, name):
-            continue
-        peer = found.attempt(f"{where} {label}", make)
-        got = peer and found.attempt(f"{where} {label}", peer.calls[0])
-        if got is None:
-            continue
-        if want is not None:
-            off = relative_difference(got.float() * peer.output_scale, want)
-            if not off < AGREE[pool.format.bits]:
-                found.failed(
-                    f"{where} {label}", ValueError(f"differs from fastkv by {off:.3g} of the norm")
-                )
-        contenders[label] = peer.calls
+        label, bound = f"{name} P{batch.page}", AGREE[pool.format.bits]
+        peers.add(found, contenders, where, label, make, want, bound)
 
 
 def add_rows(

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from fastkv import ops
-from gpu import ceilings, compiled, report
-from gpu.data import Batch, Format, Pool, relative_difference
+from gpu import compiled, report
+from gpu.data import Batch, Format, Pool
 from gpu.report import OWN, Report
 from gpu.timing import Timer, Timing, rotations
 
@@ -54,14 +54,14 @@ def main(
     """Run from a command line; the other arguments are for tests without a GPU."""
     arguments = report.parser(__doc__).parse_args(argv)
     found = report.start("bench_gather", arguments, timer, device, kernels=[OP])
-    found.ceilings = ceilings.measure(found.timer, found.device) if device == "cuda" else {}
-    print(found.ceilings, flush=True)
-    for case in CASES if cases is None else cases:
-        for fmt in found.formats:
-            run(found, case, fmt)
-            found.write()
-    found.write()
-    return found
+    return found.run(CASES if cases is None else cases, run_case)
+
+
+def run_case(found: Report, case: Case) -> None:
+    """All rows of a case, written after each format."""
+    for fmt in found.formats:
+        run(found, case, fmt)
+        found.write()
 
 
 def run(found: Report, case: Case, fmt: Format) -> None:
@@ -143,9 +143,7 @@ def check(
     if not compare:
         return
     for got, want in zip(call(), output, strict=True):
-        off = relative_difference(got, want)
-        if not off < 0.005:
-            found.failed(PEER, ValueError(f"differs from fastkv by {off:.3g} of the norm"))
+        found.compare(PEER, got, want, 0.005)
 
 
 def add_rows(

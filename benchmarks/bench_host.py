@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastkv import Rope, ops
+from fastkv.ops.cuda import listing
 from gpu import peers, report
 from gpu.data import Batch, Format, Pool
 from gpu.report import Report
@@ -21,22 +22,13 @@ from gpu.timing import Timer, Timing
 
 REQUESTS, CONTEXT, HQ, HKV, D = 64, 128, 32, 8, 128
 CALLS = 2000
-# Of the ops that `calls` makes.
-KERNELS = (
-    "copy_pages",
-    "gather_kv",
-    "masked_attention",
-    "merge_states",
-    "paged_attention",
-    "rope_write_kv",
-)
 PEER_OF = {"paged_attention": "FlashInfer run()", "rope_write_kv": "FlashInfer append()"}
 
 
 def main(argv: list[str] | None = None, timer: Timer | None = None, device: str = "cuda") -> Report:
     """Run from a command line; the other arguments are for tests without a GPU."""
     arguments = report.parser(__doc__).parse_args(argv)
-    found = report.start("bench_host", arguments, timer, device, kernels=KERNELS)
+    found = report.start("bench_host", arguments, timer, device, kernels=listing.launchers())
     figures = peer_figures(found) if found.with_peers else {}
     for page in found.pages:
         for fmt in found.formats:

@@ -9,18 +9,20 @@ a key that it sees, four operations each an element of D.
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from fastkv import ops
-from gpu import ceilings, prefill_peers, report, warm
-from gpu.data import relative_difference
+from gpu import peers, prefill_peers, report, warm
+from gpu.peers import Peer
 from gpu.prefill_peers import Triple
 from gpu.report import OWN, Report
 from gpu.timing import Timer, Timing, rotations
@@ -115,24 +117,19 @@ def main(
     if arguments.warm:
         warm.build(list(warm.prefill_modules()), ["benchmarks/bench_prefill.py"])
         return found
-    found.ceilings = ceilings.measure(found.timer, found.device) if device == "cuda" else {}
-    for case in CASES if cases is None else cases:
-        if found.wants(case.shape):
-            run(found, case)
-            found.write()
-    found.write()
-    return found
+    return found.run(CASES if cases is None else cases, run)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = report.parser(__doc__)
-    parser.add_argument("--warm", action="store_true", help="only build the peers' modules")
-    parser.add_argument("--warm-one", help=argparse.SUPPRESS)
+    warm.add_arguments(parser)
     return parser.parse_args(argv)
 
 
 def run(found: Report, case: Case) -> None:
     """The row of one case, for each path of the kernel."""
+    if not found.wants(case.shape):
+        return
     sets = inputs(case, rotations(case.bytes_moved, found.device), found.device)
     contenders: dict[str, Any] = {}
     want = None
@@ -143,17 +140,8 @@ def run(found: Report, case: Case) -> None:
         if got is not None:
             want = got if want is None else want
             contenders[f"{OWN} {path}"] = calls
-    for name, make in peers(case, sets) if found.with_peers else ():
-        if found.skips(case.shape, name):
-            continue
-        calls = found.attempt(f"{case.shape} {name}", make)
-        got = calls and found.attempt(f"{case.shape} {name}", calls[0])
-        if got is None:
-            continue
-        if want is not None and not relative_difference(got, want) < AGREE:
-            off = ValueError(f"differs by {relative_difference(got, want):.3g} of the norm")
-            found.failed(f"{case.shape} {name}", off)
-        contenders[name] = calls
+    for name, make in peers_of(case, sets) if found.with_peers else ():
+        peers.add(found, contenders, case.shape, name, make, want, AGREE)
     add_rows(found, case, found.measure(contenders, case.shape))
     if found.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -186,25 +174,18 @@ def own_calls(case: Case, sets: list[Triple], path: str) -> list[Callable[[], to
     return [partial(ops.masked_attention, *x, **options, out=out) for x in sets]
 
 
-@contextmanager
-def forced(path: str) -> Iterator[None]:
+def forced(path: str) -> AbstractContextManager[Any]:
     """Plans that are made here take this path of the kernel, whatever the device has."""
     from fastkv.ops.cuda import masked_attention as launcher
     from fastkv.ops.cuda.masked_shape import Shape
 
-    class Forced:
-        @staticmethod
-        def of(dim: int, arch: str) -> Shape:
-            return Shape.of(dim, arch if path == PATHS[0] else "sm_80")
+    def of(dim: int, arch: str) -> Shape:
+        return Shape.of(dim, arch if path == PATHS[0] else "sm_80")
 
-    original, launcher.Shape = launcher.Shape, Forced  # type: ignore[misc, assignment]
-    try:
-        yield
-    finally:
-        launcher.Shape = original  # type: ignore[misc]
+    return patch.object(launcher, "Shape", SimpleNamespace(of=of))
 
 
-def peers(case: Case, sets: list[Triple]) -> Iterable[tuple[str, Callable[[], list[Any]]]]:
+def peers_of(case: Case, sets: list[Triple]) -> Iterable[tuple[str, Callable[[], Peer]]]:
     """Who computes the same, by name."""
     start, causal = case.start(), case.mask == "causal"
     if start is not None:

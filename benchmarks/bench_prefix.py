@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from fastkv import ops
-from gpu import ceilings, peers, report
-from gpu.data import Batch, Format, Pool, relative_difference
+from gpu import peers, report
+from gpu.data import Batch, Format, Pool
 from gpu.report import OWN, Report
 from gpu.timing import Timer, Timing, rotations
 
 OP = "prefill"
 WAYS = ("flash", "append")
+PEERS_READ = ("none", "cache_fp8")  # formats
 AGREE = {16: 0.02, 8: 0.10, 4: 0.10}
 
 
@@ -62,15 +63,16 @@ def main(
     arguments = report.parser(__doc__).parse_args(argv)
     kernels = ("gather_kv", "masked_attention", "paged_attention")
     found = report.start("bench_prefix", arguments, timer, device, kernels=kernels)
-    found.ceilings = ceilings.measure(found.timer, found.device) if device == "cuda" else {}
-    for case in CASES if cases is None else cases:
-        figures: dict[str, dict[str, Timing]] = {}
-        # Formats that a peer reads come first: the others are held against its figures of fp8.
-        for fmt in sorted(found.formats, key=lambda fmt: fmt.label not in ("none", "cache_fp8")):
-            run(found, case, fmt, figures)
-            found.write()
-    found.write()
-    return found
+    return found.run(CASES if cases is None else cases, run_case)
+
+
+def run_case(found: Report, case: Case) -> None:
+    """All rows of a case, written after each format."""
+    figures: dict[str, dict[str, Timing]] = {}
+    # Formats that a peer reads come first: the others are held against its figures of fp8.
+    for fmt in sorted(found.formats, key=lambda fmt: fmt.label not in PEERS_READ):
+        run(found, case, fmt, figures)
+        found.write()
 
 
 def run(found: Report, case: Case, fmt: Format, figures: dict[str, dict[str, Timing]]) -> None:
@@ -95,11 +97,13 @@ def run(found: Report, case: Case, fmt: Format, figures: dict[str, dict[str, Tim
         results[way] = found.attempt(f"{where} {way}", calls[0])
         if results[way] is not None:
             contenders[f"{OWN} {way}"] = calls
-    compare(found, where, fmt, "append", results["append"], results["flash"])
-    if found.with_peers and fmt.label in ("none", "cache_fp8"):
+    if len(contenders) == len(WAYS):
+        bound = AGREE[fmt.bits]
+        found.compare(f"{where} append", results["append"], results["flash"], bound)
+    if found.with_peers and fmt.label in PEERS_READ:
         add_peers(found, where, contenders, pool, batch, q, results["flash"])
     times = found.measure(contenders, where)
-    if fmt.label in ("none", "cache_fp8"):
+    if fmt.label in PEERS_READ:
         figures[fmt.label] = {n: t for n, t in times.items() if not n.startswith(OWN)}
     against = figures.get("none" if fmt.bits == 16 else "cache_fp8", {})
     for way in WAYS:
@@ -151,24 +155,9 @@ def add_peers(
 ) -> None:
     """FlashInfer's paged prefill, whose FA3 takes 16 bits alone."""
     for backend in ("fa3", "fa2") if pool.format.bits == 16 else ("fa2",):
-        name = f"FlashInfer {backend.upper()}"
-        if found.skips(where, name):
-            continue
+        name, bound = f"FlashInfer {backend.upper()}", AGREE[pool.format.bits]
         make = partial(peers.paged_prefill, pool, batch, q, backend)
-        peer = found.attempt(f"{where} {name}", make)
-        got = peer and found.attempt(f"{where} {name}", peer.calls[0])
-        if got is not None:
-            compare(found, where, pool.format, name, got.float() * peer.output_scale, want)
-            contenders[name] = peer.calls
-
-
-def compare(found: Report, where: str, fmt: Format, name: str, got: Any, want: Any) -> None:
-    """Results of the same attention; one that is not is told."""
-    if got is None or want is None:
-        return
-    off = relative_difference(got, want)
-    if not off < AGREE[fmt.bits]:
-        found.failed(f"{where} {name}", ValueError(f"differs by {off:.3g} of the norm"))
+        peers.add(found, contenders, where, name, make, want, bound)
 
 
 if __name__ == "__main__":

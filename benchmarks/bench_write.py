@@ -78,13 +78,7 @@ def main(
     """Run from a command line; the other arguments are for tests without a GPU."""
     arguments = report.parser(__doc__).parse_args(argv)
     found = report.start("bench_write", arguments, timer, device, kernels=[OP])
-    found.ceilings = ceilings.measure(found.timer, found.device) if device == "cuda" else {}
-    print(found.ceilings, flush=True)
-    for case in CASES if cases is None else cases:
-        run_case(found, case)
-        found.write()
-    found.write()
-    return found
+    return found.run(CASES if cases is None else cases, run_case)
 
 
 def run_case(found: Report, case: Case) -> None:

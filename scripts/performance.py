@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import kernel_sources
+import marked_page
 from fastkv.ops.cuda.jit import source_digests
 from marked_page import number, rewrite, rule, shown
 
@@ -27,6 +28,7 @@ BENCHMARKS = ("decode", "prefill", "prefix", "write", "gather", "host", "startup
 BLOCKS = ("runs", "picture", *BENCHMARKS)
 NOTHING = "No run is recorded yet."
 NO_PAGE = "–"
+PAGELESS = "masked_attention"  # K and V are contiguous
 # Stands beside every ratio to XQA over an fp8 cache; the page's text says what it means.
 MARK = "†"
 
@@ -96,14 +98,13 @@ def table(document: Document) -> str:
     shapes = list(dict.fromkeys(shape for shape, _ in cells))
     paged = any(page != NO_PAGE for _, page in cells)
     head = ["Shape", *(["Page"] if paged else []), *(f"`{name}`" for name in formats)]
-    lines = [f"| {' | '.join(head)} |", rule(len(head))]
-    for shape in shapes:
-        for (of, page), found in cells.items():
-            if of == shape:
-                values = [found.get(name, "–") for name in formats]
-                line = [shape, *([page] if paged else []), *values]
-                lines.append(f"| {' | '.join(line)} |")
-    return "\n".join(lines) + failures(document)
+    lines = [
+        [shape, *([page] if paged else []), *(found.get(name, "–") for name in formats)]
+        for shape in shapes
+        for (of, page), found in cells.items()
+        if of == shape
+    ]
+    return marked_page.table(head, lines) + failures(document)
 
 
 def failures(document: Document) -> str:
@@ -144,7 +145,8 @@ def startup(document: Document) -> str:
 def place(row: Row) -> tuple[str, str]:
     """A row's shape without its page size, with the op where one table holds several; the page."""
     match = re.fullmatch(r"(.*) P(\d+)(.*)", row["shape"])
-    if match is None:  # prefill: K and V are contiguous
+    if match is None:
+        assert row["op"] == PAGELESS, f"a row's shape holds its page size: {row['shape']}"
         return row["shape"], NO_PAGE
     shape = f"{match[1]}{match[3]}".replace("x", " × ", 1)
     if not row["bytes"]:  # the host's cost: the shape is the same for all ops

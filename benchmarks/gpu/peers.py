@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gpu.data import Batch, Pool
+from gpu.report import Report
 from gpu.timing import Calls
 
 WORKSPACE = 512 << 20
@@ -24,6 +25,28 @@ class Peer:
 
     calls: Calls
     output_scale: float = 1.0
+
+
+def add(
+    found: Report,
+    contenders: dict[str, Calls],
+    where: str,
+    label: str,
+    make: Callable[[], Peer],
+    want: torch.Tensor | None,
+    bound: float,
+) -> None:
+    """Add a peer that can be made and called; a result that is not fastkv's `want` is told."""
+    if found.skips(where, label):
+        return
+    where = f"{where} {label}"
+    peer = found.attempt(where, make)
+    got = peer and found.attempt(where, peer.calls[0])
+    if got is None:
+        return
+    if want is not None:
+        found.compare(where, got.float() * peer.output_scale, want, bound)
+    contenders[label] = peer.calls
 
 
 @cache

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from gpu.peers import Peer
+
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 WORKSPACE = 256 << 20
 
@@ -17,17 +19,17 @@ def _workspace(device: torch.device) -> torch.Tensor:
     return torch.zeros(WORKSPACE, dtype=torch.uint8, device=device)
 
 
-def flashinfer_single(sets: Sequence[Triple], causal: bool, backend: str) -> list[Any]:
+def flashinfer_single(sets: Sequence[Triple], causal: bool, backend: str) -> Peer:
     """One request: `single_prefill_with_kv_cache`."""
     import flashinfer
 
     attend = flashinfer.single_prefill_with_kv_cache
-    return [lambda x=x: attend(*x, causal=causal, backend=backend) for x in sets]
+    return Peer([lambda x=x: attend(*x, causal=causal, backend=backend) for x in sets])
 
 
 def flashinfer_ragged(
     sets: Sequence[Triple], lengths: Sequence[int], causal: bool, backend: str
-) -> list[Any]:
+) -> Peer:
     """Several requests: `BatchPrefillWithRaggedKVCacheWrapper`, planned once."""
     import flashinfer
 
@@ -38,10 +40,10 @@ def flashinfer_ragged(
     )
     heads = (q.shape[1], k.shape[1], q.shape[2])
     wrapper.plan(indptr, indptr, *heads, causal=causal, q_data_type=q.dtype, kv_data_type=k.dtype)
-    return [lambda x=x: wrapper.run(*x) for x in sets]
+    return Peer([lambda x=x: wrapper.run(*x) for x in sets])
 
 
-def cudnn(sets: Sequence[Triple], causal: bool) -> list[Any]:
+def cudnn(sets: Sequence[Triple], causal: bool) -> Peer:
     """One request: PyTorch's `scaled_dot_product_attention` by cuDNN."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention as attend
@@ -55,10 +57,10 @@ def cudnn(sets: Sequence[Triple], causal: bool) -> list[Any]:
 
         return run
 
-    return [call(x) for x in sets]
+    return Peer([call(x) for x in sets])
 
 
-def flex(sets: Sequence[Triple], start: torch.Tensor) -> list[Any]:
+def flex(sets: Sequence[Triple], start: torch.Tensor) -> Peer:
     """One request whose row i sees `[start[i], i]`: FlexAttention, compiled for the mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -75,4 +77,4 @@ def flex(sets: Sequence[Triple], start: torch.Tensor) -> list[Any]:
         q, k, v = (tensor.transpose(0, 1)[None].contiguous() for tensor in x)
         return lambda: attend(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
-    return [call(x) for x in sets]
+    return Peer([call(x) for x in sets])

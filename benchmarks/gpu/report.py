@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 import fastkv
-from gpu.data import FORMATS, Format
+from gpu import ceilings
+from gpu.data import FORMATS, Format, relative_difference
 from gpu.timing import GraphTimer, Timer, Timing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +77,23 @@ class Report:
     def wants(self, shape: str) -> bool:
         """Whether `--rows` lets a row of this shape through."""
         return self.arguments.rows is None or bool(re.search(self.arguments.rows, shape))
+
+    def run(self, cases: Iterable[Any], run_case: Callable[["Report", Any], None]) -> "Report":
+        """What the memory gives, then every case; written after each, and returned."""
+        if self.device.type == "cuda":
+            self.ceilings = ceilings.measure(self.timer, self.device)
+        print(self.ceilings, flush=True)
+        for case in cases:
+            run_case(self, case)
+            self.write()
+        self.write()
+        return self
+
+    def compare(self, where: str, got: torch.Tensor, want: torch.Tensor, bound: float) -> None:
+        """Tell a result that is farther from fastkv's than `bound`, in the norm."""
+        off = relative_difference(got, want)
+        if not off < bound:
+            self.failed(where, ValueError(f"differs from fastkv by {off:.3g} of the norm"))
 
     def measure(self, contenders: Mapping[str, Any], where: str) -> dict[str, Timing]:
         """Times of the contenders that have one; the others are told and kept as errors."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build FlashInfer's modules ahead, one process a module, before anything is timed."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -51,10 +52,10 @@ def _prefill(dim: int, backend: str, *, ragged: bool) -> None:
     device = torch.device("cuda")
     q, k, v = (torch.randn(256, h, dim, device=device, dtype=torch.bfloat16) for h in (32, 8, 8))
     if ragged:
-        prefill_peers.flashinfer_ragged([(q, k, v)], (100, 156), True, backend)[0]()
+        prefill_peers.flashinfer_ragged([(q, k, v)], (100, 156), True, backend).calls[0]()
     else:
         for causal in (True, False):
-            prefill_peers.flashinfer_single([(q, k, v)], causal, backend)[0]()
+            prefill_peers.flashinfer_single([(q, k, v)], causal, backend).calls[0]()
     torch.cuda.synchronize()
 
 
@@ -82,6 +83,12 @@ def _append() -> None:
     inputs = peers.AppendInputs(q, k, v, small, small.clone())
     peers.rope_append(inputs, batch, index, table, 1.0, positions)()
     torch.cuda.synchronize()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a benchmark whose peers compile modules."""
+    parser.add_argument("--warm", action="store_true", help="only build the peers' modules")
+    parser.add_argument("--warm-one", help=argparse.SUPPRESS)
 
 
 def build(names: list[str], command: list[str]) -> list[str]:

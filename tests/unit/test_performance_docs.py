@@ -253,3 +253,11 @@ def test_picture_is_the_same_each_time(documents, tmp_path):
     assert text == second.read_text("utf-8")
     assert "attention 64 × 8192 Hq32 Hkv8 D128 W1024" in text
     assert "cache_fp8" in text
+
+
+def test_only_prefill_has_rows_without_a_page():
+    shape = "4096 causal Hq32 Hkv8 D128"
+    row = {"op": "masked_attention", "shape": shape, "bytes": 1}
+    assert performance.place(row) == (shape, performance.NO_PAGE)
+    with pytest.raises(AssertionError, match="holds its page size"):
+        performance.place({**row, "op": "gather_kv"})
